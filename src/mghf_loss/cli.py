@@ -1,0 +1,185 @@
+"""`mghf-loss`: compare, info, demo, train-inn."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from . import checkpoints, ops
+from .images import check_pair, read_image
+from .mghf import MGHFLoss
+
+EXTRAS = {"train-inn": "train"}  # what a command needs where it is not "demo"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; return 0, or 2 after a one-line error on stderr."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except ModuleNotFoundError as error:
+        extra = EXTRAS.get(options.command, "demo")
+        print(f"mghf-loss: error: {error}; install it with: pip install 'mghf-loss[{extra}]'", file=sys.stderr)
+        return 2
+    except (checkpoints.CheckpointError, OSError, ValueError, TypeError) as error:
+        print(f"mghf-loss: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="mghf-loss", description="MGHF perceptual losses for super-resolution")
+    parser.add_argument("--version", action="version", version=version("mghf-loss"))
+    commands = parser.add_subparsers(dest="command", required=True)
+    formatter = argparse.ArgumentDefaultsHelpFormatter
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+
+    compare = commands.add_parser("compare", help="print every term of two images", formatter_class=formatter)
+    compare.add_argument("sr", type=Path, help="super-resolved image")
+    compare.add_argument("gt", type=Path, help="ground truth of the same size")
+    compare.add_argument("--heatmap", type=Path, metavar="OUT.png", help="write where each term arises")
+    compare.add_argument("--inn", default="bundled", help="checkpoint of the invertible network")
+    compare.add_argument("--dino", action="store_true", help="add the DINO term (fetches DINOv2 from the Hub)")
+    compare.add_argument("--patches", type=int, default=1024, help="places of PatchNCE")
+    compare.add_argument("--device", default=device)
+    compare.set_defaults(run=_compare)
+
+    info = commands.add_parser("info", help="print versions, devices, checkpoint, op path", formatter_class=formatter)
+    info.add_argument("--inn", default="bundled", help="checkpoint of the invertible network")
+    info.set_defaults(run=_info)
+
+    demo = commands.add_parser(
+        "demo", help="train a small SR model with and without MGHFLoss", formatter_class=formatter
+    )
+    demo.add_argument("--out", type=Path, default=Path("mghf-demo"), help="folder for table and pictures")
+    demo.add_argument("--steps", type=int, default=500, help="training steps of each model")
+    demo.add_argument("--seed", type=int, default=0)
+    demo.add_argument("--device", default=device)
+    demo.set_defaults(run=_demo)
+
+    train = commands.add_parser(
+        "train-inn", help="train an invertible network on your images", formatter_class=formatter
+    )
+    train.add_argument("--images", type=Path, required=True, help="folder of images, searched recursively")
+    train.add_argument("--out", type=Path, default=Path("runs/inn"), help="folder for network and resume state")
+    train.add_argument("--steps", type=int, default=20_000)
+    train.add_argument("--batch", type=int, default=16)
+    train.add_argument("--crop", type=int, default=96)
+    train.add_argument("--learning-rate", type=float, default=2e-3)
+    train.add_argument("--save-every", type=int, default=500)
+    train.add_argument("--seed", type=int, default=0)
+    train.add_argument("--variant", default="pyramid", choices=("pyramid", "packet"))
+    train.add_argument("--levels", type=int, default=3)
+    train.add_argument("--couplings", type=int, default=2, help="per level")
+    train.add_argument("--hidden", type=int, default=32)
+    train.add_argument("--clamp", type=float, default=2.0)
+    train.add_argument("--mixing", default="learned", choices=("learned", "fixed"))
+    train.add_argument("--noise-floor", type=float, default=6.0, help="in 1/255")
+    train.add_argument("--device", default=device)
+    train.set_defaults(run=_train_inn)
+    return parser
+
+
+def _compare(options: argparse.Namespace) -> None:
+    sr, gt = (read_image(path).to(options.device) for path in (options.sr, options.gt))
+    check_pair(sr, gt)
+    coefficients = {"dino_jsd": 1.0} if options.dino else {}
+    criterion = MGHFLoss(coefficients, inn=options.inn, patches=options.patches).to(options.device)
+    generator = torch.Generator(options.device).manual_seed(0)
+    loss, terms = criterion(sr, gt, return_terms=True, generator=generator)
+    print(f"{'term':<12}{'value':>12}{'coefficient':>14}{'share':>9}")
+    for name, value in terms.items():
+        coefficient = criterion.coefficients[name]
+        share = coefficient * value / loss if loss else torch.zeros(())
+        print(f"{name:<12}{value.item():>12.5g}{coefficient:>14.4g}{share.item():>9.1%}")
+    print(f"{'MGHFLoss':<12}{loss.item():>12.5g}")
+    if options.heatmap is not None:
+        _plot_heatmap(options.heatmap, criterion, sr, gt)
+        print(f"wrote {options.heatmap}")
+
+
+def _plot_heatmap(path: Path, criterion: MGHFLoss, sr: torch.Tensor, gt: torch.Tensor) -> None:
+    from matplotlib import pyplot as plt
+
+    generator = torch.Generator(sr.device).manual_seed(0)
+    maps = criterion.heatmap(sr, gt, generator=generator)
+    panels = {"SR": sr[0].permute(1, 2, 0).cpu(), "GT": gt[0].permute(1, 2, 0).cpu()}
+    panels |= {name: heat[0].cpu() for name, heat in maps.items()}
+    columns = (len(panels) + 1) // 2
+    width = 4.0
+    figure, axes = plt.subplots(
+        2, columns, figsize=(width * columns, 2 * width * sr.shape[-2] / sr.shape[-1] + 0.8), layout="constrained"
+    )
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for axis, (name, panel) in zip(axes.flat, panels.items(), strict=False):
+        if panel.ndim == 3:
+            axis.imshow(panel)
+            axis.set_title(name)
+        else:
+            # One pixel in a hundred may saturate, so that a single speck does not darken the rest.
+            axis.imshow(panel, cmap="inferno", vmin=0, vmax=max(panel.quantile(0.99).item(), 1e-30))
+            axis.set_title(f"|gradient| of {name}")
+    checkpoints.write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=110))
+    plt.close(figure)
+
+
+def _info(options: argparse.Namespace) -> None:
+    from .inn import HighFrequencyINN
+
+    print(f"mghf-loss {version('mghf-loss')}, Python {platform.python_version()}, {platform.platform()}")
+    for package in ("torch", "triton", "FrEIA", "timm", "huggingface_hub", "safetensors"):
+        try:
+            print(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            print(f"{package} not installed")
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    print(f"devices: cpu ({torch.get_num_threads()} threads)" + "".join(f", {name}" for name in names))
+    checkpoint = checkpoints.load(options.inn)
+    network = HighFrequencyINN.from_pretrained(options.inn)
+    size = sum(parameter.numel() for parameter in network.parameters())
+    print(f"{checkpoint.source}\n  sha256 {checkpoint.sha256}\n  {size} parameters, {network.config}")
+    print(f"ops: {ops.active_path()}")
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from .demo import format_table, run_demo
+
+    if options.steps < 1:
+        raise ValueError(f"--steps must be at least 1, got {options.steps}")
+    table = run_demo(options.out, options.steps, options.seed, options.device)
+    print(f"\nphotographs not trained on, x4, {options.steps} steps, seed {options.seed}, {options.device}")
+    print(format_table(table))
+    print(f"wrote {options.out}/table.csv, crops.png (side by side), terms.png (curves)")
+
+
+def _train_inn(options: argparse.Namespace) -> None:
+    from .inn import INNConfig
+    from .training.loop import TrainConfig, train_inn
+
+    network = INNConfig(
+        options.variant,
+        options.levels,
+        options.couplings,
+        options.hidden,
+        options.clamp,
+        options.mixing,
+        options.noise_floor,
+    )
+    training = TrainConfig(
+        options.images,
+        options.out,
+        steps=options.steps,
+        batch=options.batch,
+        crop=options.crop,
+        learning_rate=options.learning_rate,
+        seed=options.seed,
+        save_every=options.save_every,
+    )
+    train_inn(training, network, options.device)
+    print(f"wrote {options.out}; use it with MGHFLoss(inn={str(options.out)!r})")

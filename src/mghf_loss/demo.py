@@ -1,0 +1,231 @@
+"""`mghf-loss demo`: train a small x4 SR model with and without MGHFLoss on photographs inside scikit-image."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from skimage import data
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from .checkpoints import write_atomically
+from .mghf import MGHFLoss
+
+SCALE = 4
+# Factor of MGHFLoss beside L1.
+MGHF_WEIGHT = 0.02
+TRAINING_PHOTOGRAPHS = ("astronaut", "rocket", "retina", "camera", "brick", "grass", "gravel", "stereo_motorcycle")
+UNSEEN_PHOTOGRAPHS = {"chelsea": (110, 130), "coffee": (160, 330)}  # with the corner of the crop to zoom into
+ZOOM = 72
+EVALUATIONS = 12
+
+
+@dataclass
+class Run:
+    """One trained model with its terms on the unseen photographs in the course of training."""
+
+    name: str
+    model: nn.Module
+    steps: list[int] = field(default_factory=list)
+    terms: list[dict[str, float]] = field(default_factory=list)
+
+
+class SmallSR(nn.Module):
+    """A small EDSR: residual blocks at low resolution, pixel shuffle, added to bicubic."""
+
+    def __init__(self, width: int = 32, blocks: int = 4) -> None:
+        super().__init__()
+        self.head = nn.Conv2d(3, width, 3, padding=1)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(width, width, 3, padding=1), nn.ReLU(inplace=True), nn.Conv2d(width, width, 3, padding=1)
+            )
+            for _ in range(blocks)
+        )
+        self.tail = nn.Conv2d(width, 3 * SCALE**2, 3, padding=1)
+
+    def forward(self, lr: Tensor) -> Tensor:
+        """Upscale (B, 3, h, w) to (B, 3, 4h, 4w)."""
+        x = self.head(lr)
+        for block in self.blocks:
+            x = x + block(x)
+        return upscale(lr) + F.pixel_shuffle(self.tail(x), SCALE)
+
+
+def upscale(lr: Tensor) -> Tensor:
+    """Bicubic x4."""
+    return F.interpolate(lr, scale_factor=SCALE, mode="bicubic", align_corners=False)
+
+
+def downscale(gt: Tensor) -> Tensor:
+    """Bicubic, antialiased, to a quarter."""
+    size = [side // SCALE for side in gt.shape[-2:]]
+    return F.interpolate(gt, size, mode="bicubic", antialias=True, align_corners=False)
+
+
+def photograph(name: str) -> Tensor:
+    """One of scikit-image's photographs as (1, 3, H, W) in [0, 1], cut to multiples of 4."""
+    pixels = getattr(data, name)()
+    if isinstance(pixels, tuple):  # a stereo pair with its disparity
+        pixels = pixels[0]
+    if pixels.ndim == 2:
+        pixels = np.repeat(pixels[..., None], 3, 2)
+    image = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None].float() / 255
+    height, width = (side // SCALE * SCALE for side in image.shape[-2:])
+    return image[..., :height, :width]
+
+
+def run_demo(out: Path, steps: int, seed: int, device: str) -> list[dict[str, object]]:
+    """Train with L1 and with L1 + MGHFLoss from one seed, write table and pictures to `out`, return the table."""
+    out.mkdir(parents=True, exist_ok=True)
+    train = [photograph(name).to(device) for name in TRAINING_PHOTOGRAPHS]
+    unseen = {name: photograph(name).to(device) for name in UNSEEN_PHOTOGRAPHS}
+    criterion = MGHFLoss().to(device)
+    runs = [
+        _train("L1", None, criterion, train, unseen, steps, seed, device),
+        _train(f"L1 + {MGHF_WEIGHT:g} MGHFLoss", criterion, criterion, train, unseen, steps, seed, device),
+    ]
+    images: dict[str, list[Tensor]] = {"bicubic": [upscale(downscale(gt)).clamp(0, 1) for gt in unseen.values()]}
+    for run in runs:
+        images[run.name] = [_apply(run.model, downscale(gt)) for gt in unseen.values()]
+    table = [_judge(name, srs, list(unseen.values()), criterion) for name, srs in images.items()]
+    _write_table(out / "table.csv", table)
+    _plot_crops(out / "crops.png", images, list(unseen.values()))
+    _plot_terms(out / "terms.png", runs, criterion)
+    return table
+
+
+def format_table(table: list[dict[str, object]]) -> str:
+    """Align the rows in columns."""
+    rows = [[f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()] for row in table]
+    rows.insert(0, list(table[0]))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    )
+
+
+def _train(
+    name: str,
+    criterion: MGHFLoss | None,
+    judge: MGHFLoss,
+    train: list[Tensor],
+    unseen: dict[str, Tensor],
+    steps: int,
+    seed: int,
+    device: str,
+) -> Run:
+    torch.manual_seed(seed)
+    run = Run(name, SmallSR().to(device))
+    optimiser = torch.optim.Adam(run.model.parameters(), lr=1e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=2e-3, total_steps=steps, pct_start=0.1)
+    crops = torch.Generator().manual_seed(seed)
+    patches = torch.Generator(device).manual_seed(seed)
+    progress = tqdm(range(steps), desc=name, unit="step")
+    for step in progress:
+        gt = torch.cat([_random_crop(train, crops) for _ in range(8)])
+        sr = run.model(downscale(gt))
+        loss = F.l1_loss(sr, gt)
+        if criterion is not None:
+            loss = loss + MGHF_WEIGHT * criterion(sr, gt, generator=patches)
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        optimiser.step()
+        schedule.step()
+        if step % max(1, steps // EVALUATIONS) == 0 or step + 1 == steps:
+            srs = [_apply(run.model, downscale(gt)) for gt in unseen.values()]
+            run.steps.append(step + 1)
+            run.terms.append(_terms(srs, list(unseen.values()), judge))
+            progress.set_postfix(loss=f"{loss.item():.4f}")
+    return run
+
+
+def _random_crop(photographs: list[Tensor], generator: torch.Generator, size: int = 96) -> Tensor:
+    gt = photographs[int(torch.randint(len(photographs), (), generator=generator))]
+    top, left = (int(torch.randint(side - size + 1, (), generator=generator)) for side in gt.shape[-2:])
+    return gt[..., top : top + size, left : left + size]
+
+
+@torch.no_grad()
+def _apply(model: nn.Module, lr: Tensor) -> Tensor:
+    return model(lr).clamp(0, 1)
+
+
+@torch.no_grad()
+def _terms(srs: list[Tensor], gts: list[Tensor], judge: MGHFLoss) -> dict[str, float]:
+    """Mean of each term over the photographs, with the same random places every time."""
+    per_image = [
+        judge(sr, gt, return_terms=True, generator=torch.Generator(sr.device).manual_seed(0))[1]
+        for sr, gt in zip(srs, gts, strict=True)
+    ]
+    return {name: float(np.mean([terms[name].item() for terms in per_image])) for name in per_image[0]}
+
+
+def _judge(name: str, srs: list[Tensor], gts: list[Tensor], judge: MGHFLoss) -> dict[str, object]:
+    pairs = [
+        (sr[0].permute(1, 2, 0).cpu().numpy(), gt[0].permute(1, 2, 0).cpu().numpy())
+        for sr, gt in zip(srs, gts, strict=True)
+    ]
+    psnr = [peak_signal_noise_ratio(gt, sr, data_range=1) for sr, gt in pairs]
+    ssim = [structural_similarity(gt, sr, data_range=1, channel_axis=2) for sr, gt in pairs]
+    return {"loss": name, "PSNR": float(np.mean(psnr)), "SSIM": float(np.mean(ssim)), **_terms(srs, gts, judge)}
+
+
+def _write_table(path: Path, table: list[dict[str, object]]) -> None:
+    def write(temporary: Path) -> None:
+        with temporary.open("w", newline="") as file:
+            writer = csv.DictWriter(file, table[0])
+            writer.writeheader()
+            writer.writerows(table)
+
+    write_atomically(path, write)
+
+
+def _plot_crops(path: Path, images: dict[str, list[Tensor]], gts: list[Tensor]) -> None:
+    """One row a photograph: ground truth with the crop marked, then the crop in every version."""
+    from matplotlib import pyplot as plt
+    from matplotlib.patches import Rectangle
+
+    columns = {**images, "ground truth": gts}
+    figure, axes = plt.subplots(
+        len(gts), len(columns) + 1, figsize=(3.2 * (len(columns) + 1), 3.2 * len(gts)), layout="constrained"
+    )
+    for row, (gt, (top, left)) in enumerate(zip(gts, UNSEEN_PHOTOGRAPHS.values(), strict=True)):
+        axes[row, 0].imshow(gt[0].permute(1, 2, 0).cpu())
+        axes[row, 0].add_patch(Rectangle((left, top), ZOOM, ZOOM, fill=False, edgecolor="yellow", linewidth=2))
+        for axis, (name, versions) in zip(axes[row, 1:], columns.items(), strict=True):
+            crop = versions[row][0, :, top : top + ZOOM, left : left + ZOOM]
+            axis.imshow(crop.permute(1, 2, 0).cpu(), interpolation="nearest")
+            if row == 0:
+                axis.set_title(name)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=110))
+    plt.close(figure)
+
+
+def _plot_terms(path: Path, runs: list[Run], criterion: MGHFLoss) -> None:
+    """Every term on the unseen photographs against training steps, one line a run."""
+    from matplotlib import pyplot as plt
+
+    names = list(criterion.coefficients)
+    figure, axes = plt.subplots(1, len(names), figsize=(3.4 * len(names), 3), layout="constrained")
+    for axis, name in zip(axes, names, strict=True):
+        for run in runs:
+            axis.plot(run.steps, [terms[name] for terms in run.terms], label=run.name)
+        axis.set_title(name)
+        axis.set_xlabel("training step")
+    axes[0].set_ylabel("term on unseen photographs")
+    axes[0].legend()
+    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=110))
+    plt.close(figure)

@@ -1,0 +1,136 @@
+"""Jensen-Shannon divergence between SR and GT in the embedding space of a frozen DINOv2."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import images, terms
+from .checkpoints import CheckpointError, download_failure
+from .frozen import Frozen
+
+Tokens = Literal["class", "patch"]
+DEFAULT_MODEL = "vit_small_patch14_dinov2.lvd142m"
+
+
+class DinoJSDLoss(nn.Module):
+    """JSD(p_sr || p_gt) with p = softmax(e / T) over the embedding dimension: sr, gt (B, 3, H, W) -> nats in [0, ln 2].
+
+    e is the class token's embedding (`tokens="class"`), or every patch token's, averaged over patches
+    (`"patch"`). Symmetric in value, 0 iff the distributions are equal; gradient flows to `sr` only. Images of
+    any size are resized (bicubic, antialiased, differentiable) to the nearest multiple of the patch size and
+    normalised as the model's configuration says.
+
+    Args:
+        model: name of a timm DINOv2 ViT, whose weights are fetched from the Hub when the loss is built;
+            `"hf-hub:org/name@revision"` pins a revision; or a ready timm ViT, for weights of your own.
+        tokens: `"class"` or `"patch"`.
+        temperature: T, in units of the embedding.
+        input_range: values of black and white.
+        reduction: `"mean"`, `"sum"` or `"none"` (per image).
+
+    Raises:
+        ValueError: an argument is not as above, or timm has no such model.
+        CheckpointError: the weights cannot be had; the message says where they were looked for.
+
+    Reference: HF-Diff, arXiv 2411.13548v1, distribution matching in DINOv2's embedding space; softmax over
+    the embedding dimension, temperature 1 and the choice of tokens are ours.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        model: str | nn.Module = DEFAULT_MODEL,
+        tokens: Tokens = "class",
+        temperature: float = 1.0,
+        input_range: tuple[float, float] = (0.0, 1.0),
+        reduction: terms.Reduction = "mean",
+    ) -> None:
+        super().__init__()
+        if tokens not in get_args(Tokens):
+            raise ValueError(f"tokens must be one of {get_args(Tokens)}, got {tokens!r}")
+        if not temperature > 0:
+            raise ValueError(f"temperature must be positive, got {temperature!r}")
+        self.tokens = tokens
+        self.temperature = temperature
+        self.input_range = images.check_range(input_range)
+        self.reduction: terms.Reduction = terms.check_reduction(reduction)
+        network = _load_dino(model) if isinstance(model, str) else model
+        try:
+            self.patch_size: tuple[int, int] = tuple(network.patch_embed.patch_size)  # type: ignore[assignment]
+            config: dict[str, Any] = network.pretrained_cfg  # type: ignore[assignment]
+            mean, std = config["mean"], config["std"]
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"model must be a timm vision transformer, got {model!r}") from error
+        self.network = Frozen(network)
+        self.register_buffer("mean", torch.tensor(mean).reshape(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).reshape(1, 3, 1, 1), persistent=False)
+
+    def forward(self, sr: Tensor, gt: Tensor) -> Tensor:
+        """Return the divergence of `sr` and `gt`, (B, 3, H, W) in `input_range`."""
+        images.check_pair(sr, gt)
+        with torch.no_grad():
+            gt_embedding = self.embed(gt)
+        divergence = jensen_shannon(self.embed(sr) / self.temperature, gt_embedding / self.temperature)
+        return terms.reduce(divergence.mean(1), self.reduction)
+
+    def embed(self, image: Tensor) -> Tensor:
+        """Embeddings (B, tokens, D), in float32 at least: one token, or all patches'."""
+        network = self.network.network
+        parameter = next(network.parameters())
+        image = images.rescale(image.to(parameter.dtype), self.input_range, (0.0, 1.0))
+        size = [
+            max(1, round(side / patch)) * patch for side, patch in zip(image.shape[-2:], self.patch_size, strict=True)
+        ]
+        if size != list(image.shape[-2:]):
+            image = F.interpolate(image, size, mode="bicubic", antialias=True, align_corners=False)
+        image = (image - self.mean) / self.std
+        tokens: Tensor = network.forward_features(image)  # type: ignore[operator]
+        prefix: int = network.num_prefix_tokens  # type: ignore[assignment]
+        tokens = tokens[:, :1] if self.tokens == "class" else tokens[:, prefix:]
+        return tokens.to(torch.promote_types(tokens.dtype, torch.float32))
+
+
+def jensen_shannon(a: Tensor, b: Tensor) -> Tensor:
+    """JSD(softmax(a) || softmax(b)) over the last dimension, (..., D) -> nats (...) in [0, ln 2].
+
+    With m = (p + q) / 2 and t = (p - q) / (p + q), JSD = 1/2 sum m phi(t), phi(t) = (1 + t) ln(1 + t) +
+    (1 - t) ln(1 - t): every summand is >= 0, so nothing cancels when p is close to q, and t and the
+    logarithms come from log p - log q, so nothing is lost when either is close to 0.
+    """
+    log_p, log_q = a.log_softmax(-1), b.log_softmax(-1)
+    p, q = log_p.exp(), log_q.exp()
+    log_ratio = log_p - log_q
+    t = torch.tanh(0.5 * log_ratio)
+    square = t.square()
+    series = square * (1 + square * (1 / 6 + square * (1 / 15 + square * (1 / 28 + square / 45))))
+    ln2 = math.log(2)
+    exact = (1 + t) * (ln2 - F.softplus(-log_ratio)) + (1 - t) * (ln2 - F.softplus(log_ratio))
+    phi = torch.where(square < 0.04, series, exact)
+    return 0.25 * ((p + q) * phi).sum(-1)
+
+
+def _load_dino(name: str) -> nn.Module:
+    import timm
+
+    if not name.startswith("hf-hub:") and not timm.is_model(name):
+        close = difflib.get_close_matches(name, timm.list_models("*dinov2*", pretrained=True), n=3)
+        raise ValueError(f"timm has no model {name!r}" + (f"; did you mean {', '.join(close)}?" if close else ""))
+    # The file is named because without a name timm falls back to pickled weights where there are no others.
+    overlay = {"hf_hub_filename": "model.safetensors"}
+    try:
+        return timm.create_model(
+            name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=0, dynamic_img_size=True
+        )
+    except Exception as error:  # whatever the Hub client, safetensors or timm raises
+        repo, _, revision = name.removeprefix("hf-hub:").partition("@")
+        if not name.startswith("hf-hub:"):
+            repo = f"timm/{name}"
+        raise CheckpointError(download_failure(repo, "model.safetensors", revision or None, error)) from error

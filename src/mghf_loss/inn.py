@@ -1,0 +1,333 @@
+"""The invertible network: image <-> multi-granular high-frequency features. The only file that knows FrEIA."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+import torch.nn.functional as F
+from FrEIA.framework import SequenceINN
+from FrEIA.modules import HaarDownsampling, InvertibleModule
+from huggingface_hub import ModelHubMixin
+from torch import Tensor, nn
+
+from . import checkpoints
+from .images import check_image, pad_to_multiple
+
+Variant = Literal["pyramid", "packet"]
+Mixing = Literal["learned", "fixed"]
+
+
+@dataclass(frozen=True)
+class INNConfig:
+    """Architecture of a `HighFrequencyINN` and the noise it was trained with.
+
+    Args:
+        variant: what the next level decomposes: `"pyramid"` the low-pass band alone (9 detail channels a
+            level), `"packet"` the low-pass band and every detail (9, 45, 189, ... channels).
+        levels: number of Haar levels L; features have strides 2, 4, ..., 2^L.
+        couplings: affine coupling modules per level (the paper's K is levels * couplings).
+        hidden: width of the bottleneck blocks phi, rho, eta.
+        clamp: bound of the log-scale of a coupling, |log s| < clamp.
+        mixing: the channel rotation before each coupling is `"learned"` (any invertible matrix) or `"fixed"`.
+        noise_floor: standard deviation, in 1/255, of the Gaussian noise on the training images: about the
+            smallest difference that counts.
+    """
+
+    variant: Variant = "pyramid"
+    levels: int = 3
+    couplings: int = 2
+    hidden: int = 32
+    clamp: float = 2.0
+    mixing: Mixing = "learned"
+    noise_floor: float = 6.0
+
+    def __post_init__(self) -> None:
+        if self.variant not in get_args(Variant):
+            raise ValueError(f"variant must be one of {get_args(Variant)}, got {self.variant!r}")
+        if self.mixing not in get_args(Mixing):
+            raise ValueError(f"mixing must be one of {get_args(Mixing)}, got {self.mixing!r}")
+        for name in ("levels", "couplings", "hidden"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        if not self.clamp > 0:
+            raise ValueError(f"clamp must be positive, got {self.clamp!r}")
+        if not self.noise_floor >= 0:
+            raise ValueError(f"noise_floor must be at least 0 (in 1/255), got {self.noise_floor!r}")
+
+
+class Latent(NamedTuple):
+    """What an image becomes; `HighFrequencyINN.inverse` turns it back.
+
+    Attributes:
+        features: detail features of every level, fine to coarse, (B, C_l, ceil(H/2^l), ceil(W/2^l)).
+        low_pass: the low-pass band below the last level, (B, 3, ceil(H/2^L), ceil(W/2^L)).
+        size: (H, W) of the image, to undo the padding.
+        log_det_jac: log|det| of each level's map, in nats, (B, L), or None where it was not asked for.
+    """
+
+    features: list[Tensor]
+    low_pass: Tensor
+    size: tuple[int, int]
+    log_det_jac: Tensor | None
+
+
+class Bottleneck(nn.Sequential):
+    """1x1, depthwise 3x3, 1x1 convolution with ReLU between: (B, C_in, h, w) -> (B, C_out, h, w).
+
+    Starts as the zero function, so that a new coupling is the identity.
+    """
+
+    def __init__(self, in_channels: int, hidden: int, out_channels: int) -> None:
+        super().__init__(
+            nn.Conv2d(in_channels, hidden, 1),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(hidden, hidden, 3, groups=hidden),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(hidden, out_channels, 1),
+        )
+        for parameter in self[-1].parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Apply the block; every map keeps its height and width."""
+        # Reflection padding commutes with a 1x1 convolution and ReLU; padding the few input channels rather
+        # than the hidden ones saves a copy of the hidden map in the backward graph. A map of one place has
+        # nothing to reflect.
+        mode = "reflect" if min(input.shape[-2:]) > 1 else "replicate"
+        return super().forward(F.pad(input, (1, 1, 1, 1), mode=mode))
+
+
+class ChannelMixing(InvertibleModule):
+    """z = W x in every place, W a square matrix that starts as `gain` times a random rotation.
+
+    log|det| = h * w * log|det W|.
+    """
+
+    def __init__(
+        self,
+        dims_in: Any,
+        dims_c: Any = None,
+        *,
+        learned: bool = True,
+        gain: float = 1.0,
+    ) -> None:
+        super().__init__(dims_in, dims_c)
+        channels = self.dims_in[0][0]
+        rotation = nn.init.orthogonal_(torch.empty(channels, channels))
+        self.matrix = nn.Parameter(gain * rotation, requires_grad=learned)
+
+    def forward(
+        self,
+        x_or_z: Iterable[Tensor],
+        c: Iterable[Tensor] | None = None,
+        rev: bool = False,
+        jac: bool = True,
+    ) -> tuple[tuple[Tensor], Any]:
+        """See `FrEIA.modules.InvertibleModule.forward`."""
+        (x,) = x_or_z
+        # Linear algebra has no half-precision kernels; the matrix is tiny.
+        matrix = self.matrix.to(torch.promote_types(self.matrix.dtype, torch.float32))
+        log_det_jac = 0.0
+        if jac:
+            log_det_jac = x.shape[-2] * x.shape[-1] * torch.linalg.slogdet(matrix).logabsdet
+            log_det_jac = -log_det_jac if rev else log_det_jac
+        if rev:
+            matrix = torch.linalg.inv(matrix)
+        return (F.conv2d(x, matrix[:, :, None, None].to(x.dtype)),), log_det_jac
+
+    def output_dims(self, input_dims: list[Any]) -> list[Any]:
+        """Unchanged."""
+        return input_dims
+
+
+class AffineCoupling(InvertibleModule):
+    """z2 <- z2 + phi(z1, low); z1 <- z1 * exp(rho(z2, low)) + eta(z2, low), the low-pass band a condition.
+
+    The coupling of the paper (section 3, invertible modules), with one choice of ours: the low-pass band is
+    not transformed but given, so that the network is a density of the details given the coarse image.
+    rho and eta come from one bottleneck block; |rho| < clamp.
+    """
+
+    def __init__(
+        self,
+        dims_in: Any,
+        dims_c: Any,
+        *,
+        hidden: int,
+        clamp: float,
+    ) -> None:
+        super().__init__(dims_in, dims_c)
+        channels, condition = self.dims_in[0][0], self.dims_c[0][0]
+        self.clamp = clamp
+        self.split = (channels - channels // 2, channels // 2)
+        n1, n2 = self.split
+        self.phi = Bottleneck(n1 + condition, hidden, n2)
+        self.rho_eta = Bottleneck(n2 + condition, hidden, 2 * n1)
+
+    def forward(
+        self,
+        x_or_z: Iterable[Tensor],
+        c: Iterable[Tensor] | None = None,
+        rev: bool = False,
+        jac: bool = True,
+    ) -> tuple[tuple[Tensor], Any]:
+        """See `FrEIA.modules.InvertibleModule.forward`."""
+        if c is None:
+            raise ValueError("AffineCoupling needs the low-pass band as its condition c, got None")
+        (x,), (low,) = x_or_z, c
+        z1, z2 = x.split(self.split, dim=1)
+        if not rev:
+            z2 = z2 + self.phi(torch.cat((z1, low), dim=1))
+        rho, eta = self.rho_eta(torch.cat((z2, low), dim=1)).chunk(2, dim=1)
+        log_scale = self.clamp * torch.tanh(rho / self.clamp)
+        if rev:
+            z1 = (z1 - eta) * torch.exp(-log_scale)
+            z2 = z2 - self.phi(torch.cat((z1, low), dim=1))
+        else:
+            z1 = z1 * torch.exp(log_scale) + eta
+        log_det_jac = 0.0
+        if jac:
+            log_det_jac = log_scale.flatten(1).sum(1)
+            log_det_jac = -log_det_jac if rev else log_det_jac
+        return (torch.cat((z1, z2), dim=1),), log_det_jac
+
+    def output_dims(self, input_dims: list[Any]) -> list[Any]:
+        """Unchanged."""
+        return input_dims
+
+
+class Level(nn.Module):
+    """One Haar step, then mixing and coupling modules on the details: (B, C, h, w) -> details and low-pass.
+
+    The first three channels of the input are the image's low-pass band; so are the three of the low-pass
+    output. All other 4C - 3 channels are details.
+    """
+
+    def __init__(self, in_channels: int, depth: int, config: INNConfig) -> None:
+        super().__init__()
+        details = 4 * in_channels - 3
+        self.haar = HaarDownsampling([(in_channels, 2, 2)])
+        self.flow = SequenceINN(details, 1, 1)
+        for k in range(config.couplings):
+            # The raw details of photographs in [-1, 1] have a standard deviation of about 1/8; later packet
+            # levels get details that are white already.
+            gain = 8.0 if k == 0 and in_channels == 3 else 1.0
+            self.flow.append(ChannelMixing, learned=config.mixing == "learned", gain=gain)
+            self.flow.append(AffineCoupling, cond=0, cond_shape=(3, 1, 1), hidden=config.hidden, clamp=config.clamp)
+        # The orthonormal Haar low-pass doubles with each level; the condition stays in the image's range.
+        self.condition_scale = 0.5**depth
+
+    def forward(self, x: Tensor, log_det_jac: bool) -> tuple[Tensor, Tensor, Tensor | float]:
+        """Return details (B, 4C - 3, h/2, w/2), low-pass (B, 3, h/2, w/2) and log|det| (Haar's is 0)."""
+        bands = self.haar((x,), jac=False)[0][0].unflatten(1, (-1, 4))
+        low = bands[:, :3, 0]
+        details = torch.cat((bands[:, 3:, 0], bands[:, :, 1:].flatten(1, 2)), dim=1)
+        details, log_det = self.flow(details, c=[low * self.condition_scale], jac=log_det_jac)
+        return details, low, log_det
+
+    def inverse(self, details: Tensor, low: Tensor) -> Tensor:
+        """Undo `forward`."""
+        details, _ = self.flow(details, c=[low * self.condition_scale], rev=True, jac=False)
+        channels = (details.shape[1] + 3) // 4
+        smooth, rest = details.split((channels - 3, 3 * channels), dim=1)
+        smooth = torch.cat((low, smooth), dim=1)
+        bands = torch.cat((smooth[:, :, None], rest.unflatten(1, (channels, 3))), dim=2)
+        return self.haar((bands.flatten(1, 2),), rev=True, jac=False)[0][0]
+
+
+class HighFrequencyINN(
+    nn.Module,
+    ModelHubMixin,
+    library_name="mghf-loss",
+    paper_url="https://arxiv.org/abs/2411.13548",
+    license="apache-2.0",
+    tags=["super-resolution", "perceptual-loss", "invertible-neural-network"],
+):
+    """(B, 3, H, W) image in [-1, 1] <-> detail features of L levels and a low-pass band, exactly invertible.
+
+    Every level is a Haar step and `couplings` affine coupling modules. Details are trained to be standard
+    normal given the low-pass band (our choice), so that a feature difference of 1 is one standard deviation
+    of what the coarse image leaves open. Any H, W of at least 2^levels: images are padded by reflection at
+    the bottom and right to a multiple of 2^levels.
+
+    Reference: arXiv 2411.13548 (MGHF), detail feature extraction by invertible modules; the end-to-end
+    Haar pyramid and maximum-likelihood training are ours.
+    """
+
+    def __init__(self, config: INNConfig | None = None) -> None:
+        super().__init__()
+        self.config = config = INNConfig() if config is None else config
+        self._hub_mixin_config: Any = config
+        self.levels = nn.ModuleList(
+            Level(3 if config.variant == "pyramid" else 3 * 4**depth, depth + 1, config)
+            for depth in range(config.levels)
+        )
+
+    @property
+    def stride(self) -> int:
+        """2^levels: the least height and width, and what images are padded to a multiple of."""
+        return 2**self.config.levels
+
+    def forward(self, image: Tensor, *, log_det_jac: bool = True) -> Latent:
+        """Map (B, 3, H, W) in [-1, 1] to a `Latent`; without log-determinants where they are not needed."""
+        check_image("image", image, least_size=self.stride)
+        x, features, log_dets = pad_to_multiple(image, self.stride), [], []
+        low = x
+        for level in self.levels:
+            details, low, log_det = level(x, log_det_jac)
+            features.append(details)
+            log_dets.append(log_det)
+            x = low if self.config.variant == "pyramid" else torch.cat((low, details), dim=1)
+        height, width = image.shape[-2:]
+        return Latent(features, low, (height, width), torch.stack(log_dets, dim=1) if log_det_jac else None)
+
+    def inverse(self, latent: Latent) -> Tensor:
+        """Map a `Latent` back to the image (B, 3, H, W); for a packet only the last level's features count."""
+        low = latent.low_pass
+        details = latent.features[-1]
+        for depth in reversed(range(len(self.levels))):
+            level = self.levels[depth]
+            assert isinstance(level, Level)
+            x = level.inverse(details, low)
+            low = x[:, :3]
+            details = latent.features[depth - 1] if self.config.variant == "pyramid" else x[:, 3:]
+        height, width = latent.size
+        return low[..., :height, :width]
+
+    def features(self, image: Tensor) -> list[Tensor]:
+        """Detail features of (B, 3, H, W) in [-1, 1], fine to coarse, without log-determinants."""
+        return self.forward(image, log_det_jac=False).features
+
+    @classmethod
+    def from_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
+        cls, pretrained_model_name_or_path: str | Path = "bundled", **hub_options: Any
+    ) -> HighFrequencyINN:
+        """Load `"bundled"`, `"org/name"` or `"org/name@revision"` from the Hub, a folder or a file, in eval mode.
+
+        `hub_options` (`revision`, `cache_dir`, `token`, `local_files_only`, `force_download`) go to
+        `huggingface_hub.hf_hub_download`. Raises `CheckpointError` where the checkpoint cannot be had, is
+        damaged or is not of this network.
+        """
+        checkpoint = checkpoints.load(pretrained_model_name_or_path, **hub_options)
+        known = {field.name for field in fields(INNConfig)}
+        if set(checkpoint.config) != known:
+            raise checkpoints.CheckpointError(
+                f"{checkpoint.source} is no HighFrequencyINN: its config.json has the fields "
+                f"{sorted(checkpoint.config)}, expected {sorted(known)}"
+            )
+        try:
+            network = cls(INNConfig(**checkpoint.config))
+            network.load_state_dict(checkpoint.state_dict)
+        except (RuntimeError, ValueError, TypeError) as error:
+            raise checkpoints.CheckpointError(
+                f"{checkpoint.source} does not fit a HighFrequencyINN of its config {checkpoint.config}: {error}"
+            ) from error
+        return network.eval()
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        checkpoints.save(save_directory, asdict(self.config), self.state_dict())

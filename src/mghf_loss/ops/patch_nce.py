@@ -1,0 +1,227 @@
+"""Modulated PatchNCE over every pair of places, without an N x N matrix.
+
+With unit vectors q_i, k_j of SR and GT and s_ij = q_i . k_j, the loss of place i is
+
+    loss_i = -log(e^{s_ii/T} / (e^{s_ii/T} + sum_{j != i} w_ij e^{s_ij/T})),   w_ij = (N - 1) * Q * P_ij,
+
+P the entropic optimal-transport plan of the kernel e^{sign * s_ij/eps} off the diagonal (sign +1 "hard", -1
+"easy"), or P_ij = 1/(N - 1) ("plain"). In the log domain P_ij = exp(f_i + sign * s_ij/eps + g_j), so that
+
+    loss_i = softplus(n_i - s_ii/T),   n_i = log((N - 1) Q) + f_i + logsumexp_{j != i}((1/T + sign/eps) s_ij + g_j).
+
+Keys and w carry no gradient; with p_ij the softmax over j != i inside n_i,
+
+    d loss_i / d q_i = sigmoid(n_i - s_ii/T) / T * (sum_j p_ij k_j - k_i),
+
+which the forward pass can accumulate: the backward pass is a multiplication.
+
+References: PatchNCE, Park et al., ECCV 2020, eq. 3; modulation, Zhan et al., CVPR 2022 (MoNCE), eq. 4-6. The
+released MoNCE code writes -10 into the diagonal of the cost and adds 1e-8 to w; here the diagonal is excluded
+exactly and nothing is added (the loss differs by less than 1e-5 at eps = 1).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Elements of the largest block of pairs that is held at a time: 64 MiB in float32.
+BLOCK = 2**24
+
+
+@torch.library.custom_op("mghf_loss::patch_nce", mutates_args=())
+def _patch_nce(
+    sr: Tensor,
+    gt: Tensor,
+    temperature: float,
+    modulation: str,
+    eps: float,
+    negative_weight: float,
+    iterations: int,
+    tolerance: float,
+    with_jacobian: bool,
+) -> tuple[Tensor, Tensor]:
+    """Loss of every place (B, N) and its gradient with respect to the SR vector there (B, C, N)."""
+    query, inverse_norm = _unit_vectors(sr)
+    key, _ = _unit_vectors(gt)
+    batch, channels, places = query.shape
+    loss = query.new_zeros(batch, places)
+    jacobian = query.new_zeros(batch, channels, places) if with_jacobian else query.new_empty(0)
+    if places < 2:  # no negatives
+        return loss, jacobian
+    slope, row_potential, column_potential = 1 / temperature, loss, loss
+    log_weight = math.log(negative_weight)
+    if modulation != "plain":
+        sharpness = (1 if modulation == "hard" else -1) / eps
+        row_potential, column_potential = transport_potentials(query, key, sharpness, iterations, tolerance)
+        slope += sharpness
+        log_weight += math.log(places - 1)
+    for rows in _row_blocks(batch, places):
+        similarity = torch.bmm(query[:, :, rows].transpose(1, 2), key)
+        positive = similarity.diagonal(rows.start, 1, 2) / temperature
+        # softmax over the negatives j != i
+        logits = _exclude_diagonal(similarity * slope + column_potential[:, None], rows)
+        highest = logits.amax(2, keepdim=True)
+        share = logits.sub_(highest).exp_()
+        total = share.sum(2, keepdim=True)
+        negative = log_weight + row_potential[:, rows] + (highest + total.log()).squeeze(2)
+        loss[:, rows] = F.softplus(negative - positive)
+        if with_jacobian:
+            attended = torch.bmm(key, (share / total).transpose(1, 2))
+            pull = torch.sigmoid(negative - positive) / temperature
+            gradient = pull[:, None] * (attended - key[:, :, rows])
+            # through the normalisation q = f / |f|
+            along = (gradient * query[:, :, rows]).sum(1, keepdim=True) * query[:, :, rows]
+            jacobian[:, :, rows] = (gradient - along) * inverse_norm[:, :, rows]
+    return loss, jacobian
+
+
+@_patch_nce.register_fake
+def _(
+    sr: Tensor,
+    gt: Tensor,
+    temperature: float,
+    modulation: str,
+    eps: float,
+    negative_weight: float,
+    iterations: int,
+    tolerance: float,
+    with_jacobian: bool,
+) -> tuple[Tensor, Tensor]:
+    batch, _, places = sr.shape
+    return sr.new_empty(batch, places), torch.empty_like(
+        sr, memory_format=torch.contiguous_format
+    ) if with_jacobian else (sr.new_empty(0))
+
+
+def _keep_jacobian(ctx, inputs, output) -> None:
+    ctx.save_for_backward(output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx, loss_gradient: Tensor, _) -> tuple[Tensor | None, ...]:
+    (jacobian,) = ctx.saved_tensors
+    return loss_gradient[:, None] * jacobian, *[None] * 8
+
+
+_patch_nce.register_autograd(_backward, setup_context=_keep_jacobian)
+
+
+def patch_nce(
+    sr: Tensor,
+    gt: Tensor,
+    *,
+    temperature: float = 0.07,
+    modulation: str = "hard",
+    eps: float = 1.0,
+    negative_weight: float = 1.0,
+    iterations: int = 50,
+    tolerance: float = 1e-4,
+) -> Tensor:
+    """Modulated PatchNCE of every place: vectors (B, C, N) of SR and GT -> loss in nats (B, N).
+
+    Every place's positive is the same place of `gt`, its negatives are all other places of the same image.
+    Gradient flows to `sr` only. A zero vector has similarity 0 to all and gradient 0; N = 1 gives 0.
+    Memory beyond inputs and outputs is bounded by a block of pairs (see `BLOCK`), not N^2.
+
+    Args:
+        sr: query vectors, float32 or float64.
+        gt: key vectors, detached.
+        temperature: T.
+        modulation: `"hard"`, `"easy"` or `"plain"`.
+        eps: entropic regularisation of the transport.
+        negative_weight: Q, weight of all negatives against the positive.
+        iterations: Sinkhorn iterations at most.
+        tolerance: stop when no log row marginal is off by more than this (CPU only: elsewhere the test
+            would wait for the device, and all iterations are made).
+    """
+    return _patch_nce(
+        sr,
+        gt.detach(),
+        temperature,
+        modulation,
+        eps,
+        negative_weight,
+        iterations,
+        tolerance,
+        sr.requires_grad,
+    )[0]
+
+
+def transport_potentials(
+    query: Tensor, key: Tensor, sharpness: float, iterations: int, tolerance: float
+) -> tuple[Tensor, Tensor]:
+    """Log-domain Sinkhorn: f, g (B, N) such that exp(f_i + sharpness * q_i.k_j + g_j), i != j, has marginals 1.
+
+    `query` and `key` are unit vectors (B, C, N) with N >= 2. Column sums are exact, row sums to `tolerance`.
+    """
+    batch, _, places = query.shape
+    f = g = query.new_zeros(batch, places)
+    blocks = list(_row_blocks(batch, places))
+    # |q.k| <= 1 bounds the potentials; while e^{4 |sharpness|} is far from overflow, one kernel that fits in a
+    # block serves all iterations as a matrix, and an iteration is two matrix-vector products.
+    kernel = None
+    if len(blocks) == 1 and abs(sharpness) <= 16:
+        pairs = _exclude_diagonal(torch.bmm(query.transpose(1, 2), key) * sharpness, blocks[0])
+        kernel = pairs.sub_(abs(sharpness)).exp_()
+    for _ in range(iterations):
+        if kernel is None:
+            update = -_log_row_sums(query, key, sharpness, g)
+            error = (update - f).abs().amax()
+            f = update
+            g = -_log_row_sums(key, query, sharpness, f)
+        else:
+            update = -_log_product(kernel, g) - abs(sharpness)
+            error = (update - f).abs().amax()
+            f = update
+            g = -_log_product(kernel.transpose(1, 2), f) - abs(sharpness)
+        if error.device.type == "cpu" and error < tolerance:
+            break
+    return f, g
+
+
+def _log_row_sums(query: Tensor, key: Tensor, sharpness: float, potential: Tensor) -> Tensor:
+    """log sum_{j != i} exp(sharpness * q_i.k_j + potential_j), (B, N), in blocks of rows."""
+    batch, _, places = query.shape
+    sums = torch.empty_like(potential)
+    for rows in _row_blocks(batch, places):
+        pairs = torch.baddbmm(
+            potential[:, None].expand(-1, rows.stop - rows.start, -1),
+            query[:, :, rows].transpose(1, 2),
+            key,
+            alpha=sharpness,
+        )
+        sums[:, rows] = _exclude_diagonal(pairs, rows).logsumexp(2)
+    return sums
+
+
+def _log_product(kernel: Tensor, potential: Tensor) -> Tensor:
+    """log(kernel @ exp(potential)), (B, N)."""
+    highest = potential.amax(1, keepdim=True)
+    return torch.bmm(kernel, (potential - highest).exp()[:, :, None]).squeeze(2).log() + highest
+
+
+def _row_blocks(batch: int, places: int) -> Iterator[slice]:
+    size = max(1, BLOCK // (batch * places))
+    for start in range(0, places, size):
+        yield slice(start, min(start + size, places))
+
+
+def _exclude_diagonal(pairs: Tensor, rows: slice) -> Tensor:
+    """Set entry (i, i) to -inf, in place, in a block of `rows` of a square of pairs."""
+    pairs.diagonal(rows.start, 1, 2).fill_(-math.inf)
+    return pairs
+
+
+def _unit_vectors(vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """Unit vectors (B, C, N) and 1/norm (B, 1, N); both are 0 where the vector is."""
+    # Dividing by the largest entry first keeps squares of huge and tiny vectors in range.
+    highest = vectors.abs().amax(1, keepdim=True)
+    inverse = torch.where(highest > torch.finfo(vectors.dtype).tiny, highest.reciprocal(), 0)
+    scaled = vectors * inverse
+    inverse_length = torch.where(inverse > 0, scaled.square().sum(1, keepdim=True).rsqrt(), 0)
+    return scaled * inverse_length, inverse * inverse_length

@@ -1,0 +1,189 @@
+"""The terms of the loss on one level of features: SR and GT tensors (B, C, H, W) -> a scalar.
+
+Every term takes `reduction`: `"mean"` (a 0-d tensor, the default), `"sum"`, or `"none"` for one value per
+image, (B,). `channel_weights` (B, C) multiply the features of both images. GT carries no gradient.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from . import ops
+
+Reduction = Literal["mean", "sum", "none"]
+Modulation = Literal["plain", "hard", "easy"]
+
+
+def content(
+    sr_level: Tensor,
+    gt_level: Tensor,
+    channel_weights: Tensor | None = None,
+    *,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """mean over c, y, x of (w_c (F_sr - F_gt))^2, in [0, inf), 0 iff the weighted features are equal.
+
+    Reference: arXiv 2411.13548 (MGHF), MGHF-n and the content term of MGHF-c.
+    """
+    _check_levels(sr_level, gt_level)
+    difference = _weighted(sr_level - gt_level.detach(), channel_weights)
+    return reduce(difference.square().mean((1, 2, 3)), reduction)
+
+
+def style(
+    sr_level: Tensor,
+    gt_level: Tensor,
+    channel_weights: Tensor | None = None,
+    *,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """mean over c, d of (G_sr - G_gt)^2 with G = F F^T / (C H W) of weighted features, in [0, inf).
+
+    Blind to where a texture is: permuting the places of either image changes nothing.
+
+    Reference: arXiv 2411.13548 (MGHF), style term; Gatys et al., CVPR 2016, eq. 3-4 (there without 1/(C H W)).
+    """
+    _check_levels(sr_level, gt_level)
+    sr, gt = (
+        _weighted(sr_level, channel_weights).flatten(2),
+        _weighted(gt_level.detach(), channel_weights).flatten(2),
+    )
+    scale = (sr.shape[1] * sr.shape[2]) ** -0.5  # before the product: no overflow, no lost digits
+    # F_s F_s^T - F_g F_g^T = (D M^T + M D^T) / 2 with D = F_s - F_g, M = F_s + F_g: one product instead of two,
+    # and nothing cancels when SR is close to GT.
+    product = torch.bmm((sr - gt) * scale, ((sr + gt) * scale).transpose(1, 2))
+    difference = 0.5 * (product + product.transpose(1, 2))
+    return reduce(difference.square().mean((1, 2)), reduction)
+
+
+def correlation(
+    sr_level: Tensor,
+    gt_level: Tensor,
+    channel_weights: Tensor | None = None,
+    *,
+    eps: float = 1e-4,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """sum_c w_c (1 - r_c) / sum_c w_c, r_c Pearson's r of SR and GT over the places of channel c, in [0, 2].
+
+    r = (cov + eps) / sqrt((var_sr + eps) (var_gt + eps)), so that equal or constant channels give 0 with
+    finite gradients. Holds back texture that is not where the content has it.
+
+    Reference: arXiv 2411.13548 (MGHF), CSC, content-style consistency; eps and the weighting are our choice.
+    """
+    _check_levels(sr_level, gt_level)
+    sr, gt = sr_level.flatten(2), gt_level.detach().flatten(2)
+    sr, gt = sr - sr.mean(2, keepdim=True), gt - gt.mean(2, keepdim=True)
+    covariance = (sr * gt).mean(2) + eps
+    r = covariance * ((sr.square().mean(2) + eps) * (gt.square().mean(2) + eps)).rsqrt()
+    weights = torch.ones_like(r) if channel_weights is None else channel_weights
+    return reduce(((1 - r) * weights).sum(1) / weights.sum(1), reduction)
+
+
+def patch_nce(
+    sr_level: Tensor,
+    gt_level: Tensor,
+    channel_weights: Tensor | None = None,
+    *,
+    patches: int | None = 256,
+    modulation: Modulation = "hard",
+    temperature: float = 0.07,
+    eps: float = 1.0,
+    negative_weight: float = 1.0,
+    iterations: int = 50,
+    tolerance: float = 1e-4,
+    generator: torch.Generator | None = None,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """mean over places i of -log(e^{s_ii/T} / (e^{s_ii/T} + sum_{j != i} w_ij e^{s_ij/T})), in nats, [0, inf).
+
+    s_ij is the cosine of SR's weighted feature vector at place i and GT's at place j of the same image; w_ij
+    is 1 (`"plain"`) or (N - 1) Q P_ij with the optimal-transport plan P that prefers similar (`"hard"`) or
+    dissimilar (`"easy"`) negatives. No gradient flows through w; that of the released MoNCE code, which lets
+    it flow, differs by 4-10 % at eps >= 0.5. See `mghf_loss.ops.patch_nce` for the formulas.
+
+    Args:
+        sr_level: SR features (B, C, H, W).
+        gt_level: GT features (B, C, H, W).
+        channel_weights: (B, C) or None.
+        patches: number of random places, the same in all images of the batch; `None`, or as many as there
+            are, takes every place ("dense", memory does not grow with N^2).
+        modulation: `"hard"`, `"easy"` or `"plain"`.
+        temperature: T.
+        eps: entropic regularisation of the transport plan.
+        negative_weight: Q.
+        iterations: Sinkhorn iterations at most.
+        tolerance: error of the plan's log row sums at which Sinkhorn stops (on a CPU).
+        generator: source of the random places; the global one of the device where None.
+        reduction: over the batch.
+
+    Reference: arXiv 2411.13548 (MGHF), LIP, local information preservation; Park et al., ECCV 2020 (PatchNCE);
+    Zhan et al., CVPR 2022 (MoNCE). T, eps and Q are MoNCE's.
+    """
+    _check_levels(sr_level, gt_level)
+    check_modulation(modulation)
+    check_patches(patches)
+    for name, value in (("temperature", temperature), ("eps", eps), ("negative_weight", negative_weight)):
+        if not value > 0:
+            raise ValueError(f"{name} must be positive, got {value!r}")
+    sr, gt = sr_level.flatten(2), gt_level.detach().flatten(2)
+    if patches is not None and patches < sr.shape[2]:
+        device = sr.device if generator is None else generator.device
+        places = torch.randperm(sr.shape[2], generator=generator, device=device)[:patches].to(sr.device)
+        sr, gt = sr[:, :, places], gt[:, :, places]
+    loss = ops.patch_nce(
+        _weighted(sr, channel_weights),
+        _weighted(gt, channel_weights),
+        temperature=temperature,
+        modulation=modulation,
+        eps=eps,
+        negative_weight=negative_weight,
+        iterations=iterations,
+        tolerance=tolerance,
+    )
+    return reduce(loss.mean(1), reduction)
+
+
+def reduce(values: Tensor, reduction: Reduction) -> Tensor:
+    """Reduce one value per image, (B,), as `reduction` says."""
+    if reduction == "mean":
+        return values.mean()
+    return values.sum() if reduction == "sum" else values
+
+
+def check_reduction(reduction: Reduction) -> Reduction:
+    """Return `reduction`, or raise `ValueError` naming the known ones."""
+    if reduction not in get_args(Reduction):
+        raise ValueError(f"reduction must be one of {get_args(Reduction)}, got {reduction!r}")
+    return reduction
+
+
+def check_modulation(modulation: Modulation) -> Modulation:
+    """Return `modulation`, or raise `ValueError` naming the known ones."""
+    if modulation not in get_args(Modulation):
+        raise ValueError(f"modulation must be one of {get_args(Modulation)}, got {modulation!r}")
+    return modulation
+
+
+def check_patches(patches: int | None) -> int | None:
+    """Return `patches`, or raise `ValueError` unless it is None or an integer of at least 2."""
+    if patches is not None and (not isinstance(patches, int) or isinstance(patches, bool) or patches < 2):
+        raise ValueError(f"patches must be an integer of at least 2, or None for every place, got {patches!r}")
+    return patches
+
+
+def _check_levels(sr_level: Tensor, gt_level: Tensor) -> None:
+    if sr_level.ndim != 4 or sr_level.shape != gt_level.shape:
+        raise ValueError(
+            "sr_level and gt_level must have the same shape (B, C, H, W), "
+            f"got {tuple(sr_level.shape)} and {tuple(gt_level.shape)}"
+        )
+
+
+def _weighted(features: Tensor, channel_weights: Tensor | None) -> Tensor:
+    if channel_weights is None:
+        return features
+    return features * channel_weights.reshape(*channel_weights.shape, *[1] * (features.ndim - 2))
