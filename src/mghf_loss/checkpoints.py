@@ -21,7 +21,7 @@ from torch import Tensor
 BUNDLED = Path(__file__).parent / "weights"
 MODEL_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
-HUB_NAME = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
+HUB_NAME = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?")
 
 
 class CheckpointError(RuntimeError):
@@ -64,7 +64,7 @@ def load(name: str | Path, *, revision: str | None = None, **hub_options: Any) -
     if sha256 != expected:
         raise CheckpointError(
             f"{source}: sha256 is {sha256}, but {config_path} says {expected}; "
-            "the file is truncated or was changed: download or copy it again"
+            "the file is truncated or was changed: copy it again, or download it again (force_download=True)"
         )
     import safetensors
     import safetensors.torch
@@ -84,8 +84,13 @@ def save(folder: str | Path, config: Mapping[str, Any], state_dict: Mapping[str,
     folder.mkdir(parents=True, exist_ok=True)
     data = safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()})
     text = json.dumps({**config, "sha256": hashlib.sha256(data).hexdigest()}, indent=2) + "\n"
-    write_atomically(folder / MODEL_FILE, lambda path: path.write_bytes(data))
-    write_atomically(folder / CONFIG_FILE, lambda path: path.write_text(text, encoding="utf-8"))
+
+    def write_config_then_parameters(path: Path) -> None:
+        path.write_text(text, encoding="utf-8")
+        write_atomically(folder / MODEL_FILE, lambda path: path.write_bytes(data))
+
+    # Both are on the disk before either is moved: a full disk leaves the old pair, not half of each.
+    write_atomically(folder / CONFIG_FILE, write_config_then_parameters)
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -122,6 +127,8 @@ def _locate(name: str | Path, revision: str | None, hub_options: dict[str, Any])
             f"unknown checkpoint {str(name)!r}: expected 'bundled', 'org/name' or 'org/name@revision' on the Hub, "
             "or an existing folder or .safetensors file"
         )
+    if revision and hub_name["revision"] and revision != hub_name["revision"]:
+        raise CheckpointError(f"checkpoint {name!r} names a revision, but revision={revision!r} was asked for")
     revision = revision or hub_name["revision"]
     return _download(hub_name["repo"], CONFIG_FILE, revision, hub_options), _download(
         hub_name["repo"], MODEL_FILE, revision, hub_options
@@ -134,16 +141,19 @@ def _download(repo: str, file: str, revision: str | None, hub_options: dict[str,
     try:
         return Path(hf_hub_download(repo, file, revision=revision, **hub_options))
     except Exception as error:  # the client library's errors have no common base over its versions
-        raise CheckpointError(download_failure(repo, file, revision, error)) from error
+        raise CheckpointError(download_failure(repo, file, revision, error, hub_options.get("cache_dir"))) from error
 
 
-def download_failure(repo: str, file: str, revision: str | None, error: Exception) -> str:
+def download_failure(
+    repo: str, file: str, revision: str | None, error: Exception, cache: str | Path | None = None
+) -> str:
     """Say which file of which repository could not be had, where it was looked for and what to do."""
     from huggingface_hub import constants
 
+    pin = f" --revision {revision}" if revision else ""
     return (
         f"cannot get {file} of {repo} (revision {revision or 'main'}) from {constants.ENDPOINT}, and it is not in "
-        f"the cache {constants.HF_HUB_CACHE}: {type(error).__name__}: {error}\n"
-        f"Offline: on a machine with access run `hf download {repo}`, copy the cache folder here (HF_HOME says "
+        f"the cache {cache or constants.HF_HUB_CACHE}: {type(error).__name__}: {error}\n"
+        f"Offline: on a machine with access run `hf download {repo}{pin}`, copy the cache folder here (HF_HOME says "
         "where it is looked for) and set HF_HUB_OFFLINE=1."
     )

@@ -104,12 +104,13 @@ def _compare(options: argparse.Namespace) -> None:
 
 
 def _plot_heatmap(path: Path, criterion: MGHFLoss, sr: torch.Tensor, gt: torch.Tensor) -> None:
+    import numpy as np
     from matplotlib import pyplot as plt
 
     generator = torch.Generator(sr.device).manual_seed(0)
     maps = criterion.heatmap(sr, gt, generator=generator)
-    panels = {"SR": sr[0].permute(1, 2, 0).cpu(), "GT": gt[0].permute(1, 2, 0).cpu()}
-    panels |= {name: heat[0].cpu() for name, heat in maps.items()}
+    panels = {name: image[0].permute(1, 2, 0).cpu().numpy() for name, image in (("SR", sr), ("GT", gt))}
+    panels |= {name: heat[0].cpu().numpy() for name, heat in maps.items()}
     columns = (len(panels) + 1) // 2
     width = 4.0
     figure, axes = plt.subplots(
@@ -123,7 +124,7 @@ def _plot_heatmap(path: Path, criterion: MGHFLoss, sr: torch.Tensor, gt: torch.T
             axis.set_title(name)
         else:
             # One pixel in a hundred may saturate, so that a single speck does not darken the rest.
-            axis.imshow(panel, cmap="inferno", vmin=0, vmax=max(panel.quantile(0.99).item(), 1e-30))
+            axis.imshow(panel, cmap="inferno", vmin=0, vmax=max(float(np.quantile(panel, 0.99)), 1e-30))
             axis.set_title(f"|gradient| of {name}")
     checkpoints.write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=110))
     plt.close(figure)

@@ -118,9 +118,11 @@ def jensen_shannon(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _load_dino(name: str) -> nn.Module:
+    import safetensors
     import timm
 
-    if not name.startswith("hf-hub:") and not timm.is_model(name):
+    on_hub = name.startswith("hf-hub:")
+    if not on_hub and not timm.is_model_pretrained(name):
         close = difflib.get_close_matches(name, timm.list_models("*dinov2*", pretrained=True), n=3)
         raise ValueError(f"timm has no model {name!r}" + (f"; did you mean {', '.join(close)}?" if close else ""))
     # The file is named because without a name timm falls back to pickled weights where there are no others.
@@ -129,8 +131,10 @@ def _load_dino(name: str) -> nn.Module:
         return timm.create_model(
             name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=0, dynamic_img_size=True
         )
-    except Exception as error:  # whatever the Hub client, safetensors or timm raises
+    except (safetensors.SafetensorError, RuntimeError) as error:
+        raise CheckpointError(f"the weights of {name!r} are damaged or of another network: {error}") from error
+    except Exception as error:  # the Hub client's errors have no common base over its versions
         repo, _, revision = name.removeprefix("hf-hub:").partition("@")
-        if not name.startswith("hf-hub:"):
-            repo = f"timm/{name}"
+        if not on_hub:
+            repo = str(getattr(timm.get_pretrained_cfg(name), "hf_hub_id", f"timm/{name}"))
         raise CheckpointError(download_failure(repo, "model.safetensors", revision or None, error)) from error

@@ -130,15 +130,15 @@ class ChannelMixing(InvertibleModule):
     ) -> tuple[tuple[Tensor], Any]:
         """See `FrEIA.modules.InvertibleModule.forward`."""
         (x,) = x_or_z
-        # Linear algebra has no half-precision kernels; the matrix is tiny.
-        matrix = self.matrix.to(torch.promote_types(self.matrix.dtype, torch.float32))
         log_det_jac = 0.0
         if jac:
+            # Linear algebra has no half-precision kernels.
+            matrix = self.matrix.to(torch.promote_types(self.matrix.dtype, torch.float32))
             log_det_jac = x.shape[-2] * x.shape[-1] * torch.linalg.slogdet(matrix).logabsdet
             log_det_jac = -log_det_jac if rev else log_det_jac
-        if rev:
-            matrix = torch.linalg.inv(matrix)
-        return (F.conv2d(x, matrix[:, :, None, None].to(x.dtype)),), log_det_jac
+        # Inverted in float64: for 189 channels a float32 inverse would be off by 4e-5.
+        matrix = torch.linalg.inv(self.matrix.double()).to(x.dtype) if rev else self.matrix
+        return (F.conv2d(x, matrix[:, :, None, None]),), log_det_jac
 
     def output_dims(self, input_dims: list[Any]) -> list[Any]:
         """Unchanged."""
@@ -262,7 +262,6 @@ class HighFrequencyINN(
     def __init__(self, config: INNConfig | None = None) -> None:
         super().__init__()
         self.config = config = INNConfig() if config is None else config
-        self._hub_mixin_config: Any = config
         self.levels = nn.ModuleList(
             Level(3 if config.variant == "pyramid" else 3 * 4**depth, depth + 1, config)
             for depth in range(config.levels)
@@ -329,5 +328,26 @@ class HighFrequencyINN(
             ) from error
         return network.eval()
 
-    def _save_pretrained(self, save_directory: Path) -> None:
-        checkpoints.save(save_directory, asdict(self.config), self.state_dict())
+    def save_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        save_directory: str | Path,
+        *,
+        config: INNConfig | None = None,
+        repo_id: str | None = None,
+        push_to_hub: bool = False,
+        model_card_kwargs: dict[str, Any] | None = None,
+        **push_options: Any,
+    ) -> str | None:
+        """Write `model.safetensors`, `config.json` and, where there is none, a model card; see `ModelHubMixin`.
+
+        Every file is written whole or not at all, unlike by the mixin, which deletes the old configuration
+        first. `config` is always the network's own; `push_to_hub` passes it.
+        """
+        folder = Path(save_directory)
+        checkpoints.save(folder, asdict(config or self.config), self.state_dict())
+        card = folder / "README.md"
+        if not card.exists():
+            checkpoints.write_atomically(card, self.generate_model_card(**(model_card_kwargs or {})).save)
+        if push_to_hub:
+            return self.push_to_hub(repo_id or folder.name, model_card_kwargs=model_card_kwargs, **push_options)
+        return None

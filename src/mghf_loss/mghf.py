@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
 DEFAULT_COEFFICIENTS: dict[str, float] = {
     "content": 1.0,
-    "style": 1.0,
-    "correlation": 1.0,
-    "patch_nce": 1.0,
+    "style": 1000.0,
+    "correlation": 0.2,
+    "patch_nce": 0.005,
     "dino_jsd": 0.0,
 }
 
@@ -63,6 +63,7 @@ class MGHFnLoss(nn.Module):
 
     def forward(self, sr: Tensor, gt: Tensor) -> Tensor:
         """Return the loss of `sr` against `gt`, both (B, 3, H, W) in `input_range`; gradient to `sr` only."""
+        images.check_pair(sr, gt, least_size=self.inn.network.stride)
         with _without_autocast(sr):
             sr_features, gt_features = _pair_features(self.inn.network, sr, gt, self.input_range)
             per_level = [terms.content(s, g, reduction="none") for s, g in zip(sr_features, gt_features, strict=True)]
@@ -146,7 +147,7 @@ class MGHFLoss(nn.Module):
             return_terms: also return the unweighted terms by name, detached, reduced like the loss.
             generator: source of PatchNCE's random places; the global one where None.
         """
-        values = self._term_values(sr, gt, generator)
+        values = self.term_values(sr, gt, generator)
         total = sum(self.coefficients[name] * value for name, value in values.items())
         assert isinstance(total, Tensor)
         loss = terms.reduce(total, self.reduction)
@@ -161,7 +162,7 @@ class MGHFLoss(nn.Module):
         """
         with torch.enable_grad():
             sr = sr.detach().requires_grad_()
-            values = self._term_values(sr, gt, generator)
+            values = self.term_values(sr, gt, generator)
             gradients = {
                 name: torch.autograd.grad(self.coefficients[name] * value.sum(), sr, retain_graph=True)[0]
                 for name, value in values.items()
@@ -172,10 +173,11 @@ class MGHFLoss(nn.Module):
             for name, gradient in gradients.items()
         }
 
-    def _term_values(self, sr: Tensor, gt: Tensor, generator: torch.Generator | None) -> dict[str, Tensor]:
-        """Unweighted terms that have a coefficient, per image (B,)."""
+    def term_values(self, sr: Tensor, gt: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """Unweighted terms that have a coefficient, by name and per image (B,), differentiable in `sr`."""
         values: dict[str, Tensor] = {}
         if self.inn is not None:
+            images.check_pair(sr, gt, least_size=self.inn.network.stride)
             with _without_autocast(sr):
                 sr_features, gt_features = _pair_features(self.inn.network, sr, gt, self.input_range)
                 weights = [entropy_channel_weights(level, self.prune) for level in gt_features]
@@ -227,7 +229,6 @@ def _pair_features(
     network: HighFrequencyINN, sr: Tensor, gt: Tensor, input_range: tuple[float, float]
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Features of both images per level, in float32 at least; those of `gt` without gradient."""
-    images.check_pair(sr, gt, least_size=network.stride)
     dtype = next(network.parameters()).dtype
 
     def features(image: Tensor) -> list[Tensor]:

@@ -53,7 +53,8 @@ def _patch_nce(
     jacobian = query.new_zeros(batch, channels, places) if with_jacobian else query.new_empty(0)
     if places < 2:  # no negatives
         return loss, jacobian
-    slope, row_potential, column_potential = 1 / temperature, loss, loss
+    slope = 1 / temperature
+    row_potential = column_potential = query.new_zeros(batch, places)
     log_weight = math.log(negative_weight)
     if modulation != "plain":
         sharpness = (1 if modulation == "hard" else -1) / eps

@@ -1,0 +1,377 @@
+"""Cost of our losses and their peers: time, peak memory and memory saved for the backward pass.
+
+    python benchmarks/losses.py --size 128 --threads 1
+
+Every loss gets the same SR and GT images in one process, and a gradient for SR. A measurement is forward and
+backward together.
+
+- Time: rounds are interleaved (each runs every loss once, in a random order), so that drift hits all alike;
+  rounds of warm-up are discarded. Median, 20th and 80th percentile.
+- Saved: bytes of the distinct storages that autograd keeps between forward and backward: with the images where a
+  loss keeps them, without parameters and buffers, which are there anyway and have a column of their own (weights).
+- Peak: most bytes allocated at once during forward and backward, above what was allocated before. CUDA: the
+  caching allocator's own record. CPU: torch's allocator as the profiler records it, which sees every tensor but
+  not the scratch memory that oneDNN or MKL allocate by themselves.
+
+Peers go through their public API, with random weights where pretrained ones would be downloaded: they serve for
+cost only. The two that always download, torchmetrics' LPIPS and DISTS, are built around that as the code says.
+Every parameter is frozen, also where a peer leaves some trainable: a trainer has no use for their gradients. What
+is not installed or cannot run is skipped with the reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import platform
+import random
+import re
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+from tqdm import tqdm
+
+from mghf_loss import DinoJSDLoss, MGHFLoss, MGHFnLoss
+from mghf_loss.frozen import Frozen
+
+OURS = "mghf-loss"
+MIB = 2**20
+
+
+def mean_value(loss: nn.Module, sr: Tensor, gt: Tensor) -> Tensor:
+    return loss(sr, gt).mean()
+
+
+def one_minus(loss: nn.Module, sr: Tensor, gt: Tensor) -> Tensor:
+    return 1 - loss(sr, gt)
+
+
+def on_unit_range(loss: nn.Module, sr: Tensor, gt: Tensor) -> Tensor:
+    """Of an LPIPS, which expects [-1, 1] and converts from [0, 1] when told so."""
+    return loss(sr, gt, normalize=True).mean()
+
+
+def with_gradient(loss: nn.Module, sr: Tensor, gt: Tensor) -> Tensor:
+    """Of DISTS, whose default call passes no gradient through the network."""
+    return loss(sr, gt, require_grad=True, batch_average=True)
+
+
+def dino() -> nn.Module:
+    import timm
+
+    name = "vit_small_patch14_dinov2.lvd142m"
+    return DinoJSDLoss(timm.create_model(name, pretrained=False, dynamic_img_size=True, num_classes=0))
+
+
+def lpips(net: str) -> nn.Module:
+    from lpips import LPIPS
+
+    return LPIPS(net=net, pnet_rand=True, verbose=False)
+
+
+def dists() -> nn.Module:
+    import torchvision
+    from DISTS_pytorch import DISTS
+
+    # The constructor always asks torchvision for pretrained weights; it gets the same network without them.
+    vgg = torchvision.models.vgg16(weights=None)
+    with mock.patch("torchvision.models.vgg16", return_value=vgg):
+        return DISTS(load_weights=False)
+
+
+def piq(name: str) -> nn.Module:
+    import piq
+    import torchvision
+
+    vgg = torchvision.models.vgg16(weights=None).features
+    return getattr(piq, name)(feature_extractor=vgg, layers=("15",), weights=[1.0])
+
+
+def torchmetrics_lpips() -> nn.Module:
+    # The public class has no way around the download of the trunk.
+    from torchmetrics.functional.image.lpips import _LPIPS
+
+    return _LPIPS(net="vgg", pnet_rand=True)
+
+
+def ssim(name: str) -> nn.Module:
+    import pytorch_msssim
+
+    return getattr(pytorch_msssim, name)(data_range=1.0, channel=3)
+
+
+def kornia_ssim() -> nn.Module:
+    from kornia.losses import SSIMLoss
+
+    return SSIMLoss(11)
+
+
+def focal_frequency() -> nn.Module:
+    from focal_frequency_loss import FocalFrequencyLoss
+
+    return FocalFrequencyLoss()
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A loss to measure: the distribution that it comes from, how it is built and how it is called."""
+
+    package: str
+    build: Callable[[], nn.Module]
+    call: Callable[[nn.Module, Tensor, Tensor], Tensor] = mean_value
+
+
+def entries(inn: str) -> dict[str, Entry]:
+    return {
+        "MGHFnLoss": Entry(OURS, partial(MGHFnLoss, inn=inn)),
+        "MGHFLoss": Entry(OURS, partial(MGHFLoss, inn=inn)),
+        "MGHFLoss dense": Entry(OURS, partial(MGHFLoss, inn=inn, patches=None)),
+        "DinoJSDLoss": Entry(OURS, dino),
+        "lpips alex": Entry("lpips", partial(lpips, "alex"), on_unit_range),
+        "lpips vgg": Entry("lpips", partial(lpips, "vgg"), on_unit_range),
+        "lpips squeeze": Entry("lpips", partial(lpips, "squeeze"), on_unit_range),
+        "torchmetrics lpips vgg": Entry("torchmetrics", torchmetrics_lpips, on_unit_range),
+        "DISTS": Entry("DISTS-pytorch", dists, with_gradient),
+        "piq content vgg16": Entry("piq", partial(piq, "ContentLoss")),
+        "piq style vgg16": Entry("piq", partial(piq, "StyleLoss")),
+        "pytorch-msssim SSIM": Entry("pytorch-msssim", partial(ssim, "SSIM"), one_minus),
+        "pytorch-msssim MS-SSIM": Entry("pytorch-msssim", partial(ssim, "MS_SSIM"), one_minus),
+        "kornia SSIM": Entry("kornia", kornia_ssim),
+        "focal frequency": Entry("focal-frequency-loss", focal_frequency),
+    }
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A loss that is built, with the images to measure it on."""
+
+    name: str
+    entry: Entry
+    loss: nn.Module
+    sr: Tensor
+    gt: Tensor
+
+    def forward(self) -> Tensor:
+        """The loss of `sr` against `gt`, a 0-d tensor."""
+        return self.entry.call(self.loss, self.sr, self.gt)
+
+    def forward_backward(self) -> None:
+        """What is measured."""
+        torch.autograd.grad(self.forward(), self.sr)
+
+    def milliseconds(self) -> float:
+        """Time of one forward and backward."""
+        synchronize(self.sr.device)
+        start = time.perf_counter()
+        self.forward_backward()
+        synchronize(self.sr.device)
+        return (time.perf_counter() - start) * 1e3
+
+    def weights(self) -> dict[int, int]:
+        """Bytes of each storage of parameters and buffers, by address."""
+        modules = [self.loss]  # our losses hide their frozen networks from modules()
+        modules += [module.network for module in self.loss.modules() if isinstance(module, Frozen)]
+        return storages(tensor for module in modules for tensor in (*module.parameters(), *module.buffers()))
+
+    def saved_bytes(self) -> int:
+        """What autograd keeps after the forward pass, without the weights."""
+        saved: list[Tensor] = []  # keeps the tensors alive, so that no address is given out twice
+
+        def pack(tensor: Tensor) -> Tensor:
+            saved.append(tensor.detach())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            self.forward()
+        weights = self.weights()
+        return sum(size for address, size in storages(saved).items() if address not in weights)
+
+    def peak_bytes(self) -> int:
+        """Most bytes allocated during forward and backward, above those before."""
+        if self.sr.is_cuda:
+            torch.cuda.reset_peak_memory_stats(self.sr.device)
+            before = torch.cuda.memory_allocated(self.sr.device)
+            self.forward_backward()
+            return torch.cuda.max_memory_allocated(self.sr.device) - before
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            self.forward_backward()
+        with tempfile.TemporaryDirectory() as folder:
+            trace = Path(folder, "trace.json")
+            profiler.export_chrome_trace(str(trace))
+            events = json.loads(trace.read_text())["traceEvents"]
+        memory = sorted((event for event in events if event["name"] == "[memory]"), key=lambda event: event["ts"])
+        before = memory[0]["args"]["Total Allocated"] - memory[0]["args"]["Bytes"]
+        return max(event["args"]["Total Allocated"] for event in memory) - before
+
+
+def storages(tensors: Iterable[Tensor]) -> dict[int, int]:
+    """Bytes of each distinct storage, by address."""
+    return {storage.data_ptr(): storage.nbytes() for storage in (tensor.untyped_storage() for tensor in tensors)}
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def build_all(chosen: dict[str, Entry], sr: Tensor, gt: Tensor) -> list[Candidate]:
+    """Build every loss and run it once; print why a peer is left out where it cannot be measured."""
+    candidates = []
+    for name, entry in tqdm(chosen.items(), desc="build", unit="loss"):
+        try:
+            candidate = Candidate(name, entry, entry.build().to(sr.device).requires_grad_(False), sr, gt)
+            candidate.forward_backward()
+            candidates.append(candidate)
+        except Exception as error:  # a peer may fail in any way
+            if entry.package == OURS:
+                raise
+            tqdm.write(f"skipped {name}: {type(error).__name__}: {error}")
+    return candidates
+
+
+def measure_times(candidates: list[Candidate], rounds: int, warmup: int) -> dict[str, list[float]]:
+    """20th percentile, median and 80th percentile of every loss's milliseconds in the rounds after the warm-up."""
+    times: dict[str, list[float]] = {candidate.name: [] for candidate in candidates}
+    order, shuffle = list(candidates), random.Random(0).shuffle
+    for index in tqdm(range(warmup + rounds), desc="time", unit="round"):
+        shuffle(order)
+        for candidate in order:
+            elapsed = candidate.milliseconds()
+            if index >= warmup:
+                times[candidate.name].append(elapsed)
+    levels = torch.tensor([0.2, 0.5, 0.8], dtype=torch.double)
+    return {name: torch.tensor(each, dtype=torch.double).quantile(levels).tolist() for name, each in times.items()}
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    information = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*:\s*(.+)", information.read_text()) if information.exists() else None
+    return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write the file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    columns = [
+        "loss",
+        "median_ms",
+        "p20_ms",
+        "p80_ms",
+        "peak_mib",
+        "saved_mib",
+        "weights_mib",
+        "ratio_alex",
+        "ratio_vgg",
+    ]
+    width = max(len(row["loss"]) for row in rows)
+    for row in [dict(zip(columns, columns, strict=True)), *rows]:
+        print(f"{row['loss']:<{width}}", *(f"{row[column]:>11}" for column in columns[1:]))
+
+
+def parse_arguments() -> argparse.Namespace:
+    def positive(text: str) -> int:
+        if int(text) < 1:
+            raise ValueError
+        return int(text)
+
+    names = list(entries(""))
+    cuda = "cuda" if torch.cuda.is_available() else "cpu"
+    parser = argparse.ArgumentParser(description="Time and memory of our losses and their peers, forward and backward.")
+    parser.add_argument("--size", type=positive, default=128, help="height and width (default %(default)s)")
+    parser.add_argument("--batch", type=positive, default=1, help="images in a batch (default %(default)s)")
+    parser.add_argument("--device", default=cuda, help="torch device (default cuda, where there is none cpu)")
+    parser.add_argument("--threads", type=positive, default=1, help="CPU threads (default %(default)s)")
+    parser.add_argument("--rounds", type=positive, default=30, help="rounds that count (default %(default)s)")
+    parser.add_argument("--warmup", type=positive, default=3, help="rounds before them (default %(default)s)")
+    parser.add_argument(
+        "--only", nargs="+", metavar="NAME", choices=names, default=names, help=f"losses, of: {', '.join(names)}"
+    )
+    parser.add_argument("--inn", default="bundled", help="invertible network, see MGHFLoss (default %(default)s)")
+    parser.add_argument("--csv", type=Path, help="file to replace (default benchmarks/results/losses-<device>.csv)")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    device = torch.device(arguments.device)
+    if device.type not in {"cpu", "cuda"}:
+        raise SystemExit(f"--device must be cpu or cuda, with or without an index, got {arguments.device!r}")
+    name = device_name(device)
+    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") if device.type == "cuda" else device.type
+    path = arguments.csv or Path(__file__).parent / "results" / f"losses-{slug}.csv"
+
+    shape = (arguments.batch, 3, arguments.size, arguments.size)
+    gt = torch.rand(shape, device=device)
+    sr = (gt + 0.1 * torch.randn_like(gt)).clamp(0, 1).requires_grad_()
+    chosen = {key: entry for key, entry in entries(arguments.inn).items() if key in arguments.only}
+    candidates = build_all(chosen, sr, gt)
+    if not candidates:
+        raise SystemExit("nothing to measure")
+
+    times = measure_times(candidates, arguments.rounds, arguments.warmup)
+    date = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    rows = []
+    for candidate in tqdm(candidates, desc="memory", unit="loss"):
+        p20, median, p80 = times[candidate.name]
+        ratios = {net: median / times[key][1] for net in ("alex", "vgg") if (key := f"lpips {net}") in times}
+        package = candidate.entry.package
+        rows.append(
+            {
+                "loss": candidate.name,
+                "device": name,
+                "threads": arguments.threads,
+                "batch": arguments.batch,
+                "size": arguments.size,
+                "median_ms": f"{median:.3f}",
+                "p20_ms": f"{p20:.3f}",
+                "p80_ms": f"{p80:.3f}",
+                "peak_mib": f"{candidate.peak_bytes() / MIB:.2f}",
+                "saved_mib": f"{candidate.saved_bytes() / MIB:.2f}",
+                "weights_mib": f"{sum(candidate.weights().values()) / MIB:.2f}",
+                "ratio_alex": f"{ratios['alex']:.3f}" if "alex" in ratios else "",
+                "ratio_vgg": f"{ratios['vgg']:.3f}" if "vgg" in ratios else "",
+                "torch": torch.__version__,
+                "package_version": f"{package} {version(package)}",
+                "date": date,
+            }
+        )
+
+    write_csv(path, rows)
+    threads = f"{arguments.threads} thread{'s' if arguments.threads > 1 else ''}"
+    print(f"{name}, {threads}, {' x '.join(map(str, shape))}, float32, {arguments.rounds} rounds, forward + backward")
+    print("DINO, LPIPS, DISTS and VGG networks have random weights: the figures are of cost, not of quality.")
+    print_table(rows)
+    print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""Fixtures shared by the tests: everything offline, seeded, single-threaded."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mghf_loss import HighFrequencyINN, INNConfig
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+
+
+def perturbed_inn(**config) -> HighFrequencyINN:
+    """An untrained network that is not the identity: couplings start as the zero function."""
+    network = HighFrequencyINN(INNConfig(**{"hidden": 8, **config}))
+    with torch.no_grad():
+        for parameter in network.parameters():
+            if parameter.requires_grad:
+                parameter += 0.05 * torch.randn_like(parameter) / len(parameter) ** 0.5  # well-conditioned
+    return network
+
+
+@pytest.fixture
+def inn() -> HighFrequencyINN:
+    return perturbed_inn()
+
+
+@pytest.fixture
+def tiny_dino() -> torch.nn.Module:
+    """DINOv2's architecture with random weights, small enough for a test."""
+    import timm
+
+    network = timm.create_model(
+        "vit_small_patch14_dinov2.lvd142m",
+        pretrained=False,
+        num_classes=0,
+        dynamic_img_size=True,
+        img_size=28,
+        embed_dim=32,
+        depth=2,
+        num_heads=2,
+    )
+    for name, parameter in network.named_parameters():
+        if name.endswith("gamma"):  # layer scales start at 1e-5: an untrained class token would not see the image
+            torch.nn.init.ones_(parameter)
+    return network.eval()

@@ -1,0 +1,155 @@
+"""The command line, as a user calls it."""
+
+from __future__ import annotations
+
+import csv
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from skimage import data
+
+from mghf_loss import MGHFLoss, __version__, cli
+from mghf_loss.images import read_image
+
+
+@pytest.fixture
+def pair(tmp_path) -> tuple[str, str]:
+    gt = Image.fromarray(data.astronaut()[100:196, 150:246])
+    gt.save(tmp_path / "gt.png")
+    gt.resize((24, 24), Image.Resampling.BICUBIC).resize((96, 96), Image.Resampling.BICUBIC).save(tmp_path / "sr.png")
+    return str(tmp_path / "sr.png"), str(tmp_path / "gt.png")
+
+
+def test_compare_prints_every_term_of_the_loss(pair, capsys):
+    assert cli.main(["compare", *pair, "--device", "cpu"]) == 0
+    printed = {row.split()[0]: row.split()[1] for row in capsys.readouterr().out.splitlines()[1:]}
+    generator = torch.Generator().manual_seed(0)
+    loss, terms = MGHFLoss(patches=1024)(*map(read_image, pair), return_terms=True, generator=generator)
+    for name, value in {**terms, "MGHFLoss": loss}.items():
+        assert float(printed[name]) == pytest.approx(value.item(), rel=1e-4)
+
+
+def test_compare_writes_a_heat_map(pair, tmp_path, capsys):
+    heatmap = tmp_path / "heat.png"
+    assert cli.main(["compare", *pair, "--heatmap", str(heatmap), "--device", "cpu"]) == 0
+    assert f"wrote {heatmap}" in capsys.readouterr().out
+    picture = np.asarray(Image.open(heatmap).convert("RGB"))
+    assert min(picture.shape[:2]) > 200
+    assert picture.std() > 20
+
+
+def test_compare_of_an_image_with_itself_has_no_content(pair, capsys):
+    assert cli.main(["compare", pair[1], pair[1], "--device", "cpu"]) == 0
+    lines = {line.split()[0]: float(line.split()[1]) for line in capsys.readouterr().out.splitlines()[1:]}
+    assert lines["content"] == lines["style"] == 0
+    assert abs(lines["correlation"]) < 1e-6
+
+
+def test_info_names_versions_checkpoint_and_path(capsys):
+    assert cli.main(["info"]) == 0
+    out = capsys.readouterr().out
+    for part in (
+        f"mghf-loss {__version__}",
+        f"torch {version('torch')}",
+        "sha256",
+        "parameters",
+        "ops:",
+        "devices: cpu",
+    ):
+        assert part in out
+
+
+def test_demo_writes_table_and_pictures(tmp_path, capsys):
+    out = tmp_path / "demo"
+    assert cli.main(["demo", "--steps", "3", "--out", str(out), "--device", "cpu"]) == 0
+    printed = capsys.readouterr().out
+    with (out / "table.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["loss"].split()[0] for row in rows] == ["bicubic", "L1", "L1"]
+    for row in rows:
+        assert row["loss"] in printed
+        assert 10 < float(row["PSNR"]) < 50
+        assert 0 < float(row["SSIM"]) < 1
+    for name in ("crops.png", "terms.png"):
+        assert np.asarray(Image.open(out / name).convert("RGB")).std() > 10
+
+
+def test_train_inn_trains_and_resumes_nothing_new(tmp_path, capsys):
+    images = tmp_path / "images"
+    images.mkdir()
+    Image.fromarray(data.astronaut()[:64, :64]).save(images / "a.png")
+    arguments = ["train-inn", "--images", str(images), "--out", str(tmp_path / "inn"), "--steps", "2", "--batch", "1"]
+    arguments += ["--crop", "16", "--hidden", "4", "--levels", "1", "--device", "cpu"]
+    assert cli.main(arguments) == 0
+    assert "MGHFLoss(inn=" in capsys.readouterr().out
+    assert MGHFLoss(inn=tmp_path / "inn")(torch.rand(1, 3, 8, 8), torch.rand(1, 3, 8, 8)) > 0
+
+
+def bad_commands(folder: Path) -> dict[str, tuple[list[str], str]]:
+    good = folder / "good.png"
+    Image.new("RGB", (32, 32)).save(good)
+    Image.new("RGB", (32, 40)).save(folder / "other.png")
+    Image.new("RGB", (4, 4)).save(folder / "tiny.png")
+    (folder / "text.png").write_text("text")
+    (folder / "empty").mkdir()
+    pair = ["compare", str(good)]
+    return {
+        "missing image": ([*pair, str(folder / "none.png")], "cannot read image"),
+        "no image": ([*pair, str(folder / "text.png")], "text.png"),
+        "a folder": ([*pair, str(folder)], "cannot read image"),
+        "other size": ([*pair, str(folder / "other.png")], "same shape, got sr (1, 3, 32, 32) and gt (1, 3, 40, 32)"),
+        "too small": (["compare", *[str(folder / "tiny.png")] * 2], "at least 8 x 8"),
+        "unknown checkpoint": ([*pair, str(good), "--inn", "not a name"], "unknown checkpoint 'not a name'"),
+        "unwritable heat map": ([*pair, str(good), "--heatmap", str(folder / "no" / "x.png")], "no"),
+        "no training images": (["train-inn", "--images", str(folder / "empty")], "no images"),
+        "bad network": (["train-inn", "--images", str(folder), "--hidden", "0"], "hidden must be"),
+        "no steps": (["demo", "--steps", "0"], "--steps must be at least 1"),
+        "info of nothing": (["info", "--inn", str(folder / "x.safetensors")], "unknown checkpoint"),
+    }
+
+
+BAD_COMMANDS = [
+    "missing image",
+    "no image",
+    "a folder",
+    "other size",
+    "too small",
+    "unknown checkpoint",
+    "unwritable heat map",
+    "no training images",
+    "bad network",
+    "no steps",
+    "info of nothing",
+]
+
+
+@pytest.mark.parametrize("case", BAD_COMMANDS)
+def test_errors_are_one_line_and_exit_code_2(case, tmp_path, capsys):
+    arguments, message = bad_commands(tmp_path)[case]
+    assert cli.main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("mghf-loss: error: ")
+    assert message in captured.err
+    assert "Traceback" not in captured.err
+
+
+def test_a_missing_extra_is_named(pair, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    assert cli.main(["compare", *pair]) == 2
+    assert "pip install 'mghf-loss[demo]'" in capsys.readouterr().err
+
+
+def test_the_installed_command_answers():
+    command = Path(sys.executable).parent / "mghf-loss"
+    done = subprocess.run([command, "compare", "none.png", "none.png"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "cannot read image none.png" in done.stderr
+    assert "Traceback" not in done.stderr
+    usage = subprocess.run([command], capture_output=True, text=True)
+    assert usage.returncode == 2

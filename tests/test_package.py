@@ -1,0 +1,109 @@
+"""The house: what imports what, what an import costs, what a wheel holds."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import mghf_loss
+
+SOURCE = Path(mghf_loss.__file__).parent
+REPOSITORY = SOURCE.parent.parent
+# A file may import files of lower floors only.
+FLOORS = {
+    "checkpoints": 0,
+    "images": 0,
+    "frozen": 0,
+    "ops.patch_nce": 0,
+    "ops": 1,
+    "channel_weights": 1,
+    "terms": 2,
+    "inn": 2,
+    "dino": 3,
+    "mghf": 4,
+    "": 5,
+    "training": 5,
+    "training.data": 5,
+    "training.objective": 5,
+    "training.loop": 6,
+    "demo": 6,
+    "cli": 7,
+}
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(SOURCE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(path: Path) -> set[str]:
+    """Names of the package's own modules that a file imports, anywhere in it."""
+    name, is_package = module_name(path), path.name == "__init__.py"
+    parents = name.split(".") if name else []
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            up = node.level - is_package
+            base = parents[: len(parents) - up] + (node.module.split(".") if node.module else [])
+            for alias in node.names:
+                candidate = ".".join([*base, alias.name])
+                found.add(candidate if candidate in FLOORS else ".".join(base))
+    return found
+
+
+@pytest.mark.parametrize("path", sorted(SOURCE.rglob("*.py")), ids=module_name)
+def test_imports_point_down(path):
+    name = module_name(path)
+    assert name in FLOORS, f"give {name} a floor"
+    for imported in imports(path):
+        assert FLOORS[imported] < FLOORS[name], f"{name} imports {imported}"
+
+
+def test_only_one_file_knows_freia():
+    knows = [path.name for path in SOURCE.rglob("*.py") if re.search(r"(import|from) FrEIA", path.read_text())]
+    assert knows == ["inn.py"]
+
+
+def test_import_is_light():
+    program = """
+import sys, time, torch
+before = set(sys.modules)
+import mghf_loss
+new = set(sys.modules) - before
+print(",".join(sorted({name.split(".")[0] for name in new})))
+"""
+    new = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    heavy = {"timm", "torchvision", "scipy", "FrEIA", "huggingface_hub", "safetensors", "skimage", "matplotlib", "PIL"}
+    assert "mghf_loss" in new
+    assert not heavy & set(new.strip().split(","))
+
+
+def test_public_names_exist_and_are_documented():
+    for name in mghf_loss.__all__:
+        value = getattr(mghf_loss, name)
+        assert name == "__version__" or value.__doc__, name
+    with pytest.raises(AttributeError, match="no attribute 'VGGLoss'"):
+        mghf_loss.VGGLoss  # noqa: B018
+
+
+def test_wheel_holds_checkpoint_and_type_marker(tmp_path):
+    pytest.importorskip("hatchling")
+    subprocess.run(
+        [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)],
+        cwd=REPOSITORY,
+        check=True,
+        capture_output=True,
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    for name in ("py.typed", "weights/model.safetensors", "weights/config.json", "weights/README.md"):
+        assert f"mghf_loss/{name}" in names
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+    assert not [name for name in names if not name.startswith(("mghf_loss/", "mghf_loss-"))]
+    assert wheel.stat().st_size < 4 * 2**20

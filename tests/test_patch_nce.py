@@ -1,0 +1,264 @@
+"""PatchNCE: against explicit loops, the published formulation, and itself in blocks."""
+
+from __future__ import annotations
+
+import importlib
+import math
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mghf_loss import terms
+from mghf_loss.ops import patch_nce
+from mghf_loss.ops.patch_nce import transport_potentials
+
+# The function of this name hides the module from attribute access.
+module = importlib.import_module("mghf_loss.ops.patch_nce")
+MODULATIONS = ["plain", "hard", "easy"]
+
+
+def loop_weights(s: list[list[float]], modulation: str, eps: float, negative_weight: float) -> list[list[float]]:
+    """w_ij by plain Sinkhorn scaling of the kernel, 2000 iterations, nothing in the log domain."""
+    n = len(s)
+    if modulation == "plain":
+        return [[negative_weight] * n for _ in range(n)]
+    cost = {"hard": lambda x: x, "easy": lambda x: 1 - x}[modulation]
+    kernel = [[0.0 if i == j else math.exp(cost(s[i][j]) / eps) for j in range(n)] for i in range(n)]
+    u, v = [1.0] * n, [1.0] * n
+    for _ in range(2000):
+        u = [1 / sum(kernel[i][j] * v[j] for j in range(n)) for i in range(n)]
+        v = [1 / sum(kernel[i][j] * u[i] for i in range(n)) for j in range(n)]
+    return [[(n - 1) * negative_weight * u[i] * kernel[i][j] * v[j] for j in range(n)] for i in range(n)]
+
+
+def loop_loss(sr: torch.Tensor, gt: torch.Tensor, modulation: str, t: float, eps: float, q: float) -> torch.Tensor:
+    """Loss of every place of one image (C, N) by loops, differentiable in sr, weights constant."""
+    n = sr.shape[1]
+    query = [sr[:, i] / sr[:, i].norm() for i in range(n)]
+    key = [gt[:, j] / gt[:, j].norm() for j in range(n)]
+    s = [[torch.dot(query[i], key[j]) for j in range(n)] for i in range(n)]
+    w = loop_weights([[x.item() for x in row] for row in s], modulation, eps, q)
+    losses = []
+    for i in range(n):
+        positive = torch.exp(s[i][i] / t)
+        negatives = sum(w[i][j] * torch.exp(s[i][j] / t) for j in range(n) if j != i)
+        losses.append(-torch.log(positive / (positive + negatives)))
+    return torch.stack(losses)
+
+
+@pytest.mark.parametrize("modulation", MODULATIONS)
+@pytest.mark.parametrize(("t", "eps", "q"), [(0.07, 1.0, 1.0), (0.5, 0.3, 2.0), (0.07, 0.1, 0.5), (0.2, 0.05, 1.0)])
+def test_value_and_gradient_are_those_of_explicit_loops(modulation, t, eps, q):
+    sr = torch.randn(2, 5, 9, dtype=torch.double, requires_grad=True)
+    gt = sr.detach() + torch.randn(2, 5, 9, dtype=torch.double)
+    options = {"temperature": t, "modulation": modulation, "eps": eps, "negative_weight": q}
+    loss = patch_nce(sr, gt, **options, iterations=2000, tolerance=1e-13)
+    upstream = torch.rand_like(loss)
+    (gradient,) = torch.autograd.grad((loss * upstream).sum(), sr)
+
+    expected = torch.stack([loop_loss(sr[b], gt[b], modulation, t, eps, q) for b in range(2)])
+    (expected_gradient,) = torch.autograd.grad((expected * upstream).sum(), sr)
+    torch.testing.assert_close(loss, expected, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-8, atol=1e-10)
+
+
+def published_monce(query: torch.Tensor, key: torch.Tensor, modulation: str, t: float, eps: float) -> torch.Tensor:
+    """MoNCE as its authors compute it: all logits, -10 on the diagonal of the cost, 50 iterations, +1e-8."""
+    n = query.shape[1]
+    s = query.T @ key
+    cost = (s if modulation == "hard" else 1 - s).clone().fill_diagonal_(-10)
+    kernel = torch.exp(cost / eps)
+    u = v = torch.ones(n, dtype=s.dtype)
+    for _ in range(50):
+        u = 1 / (kernel @ v)
+        v = 1 / (kernel.T @ u)
+    weights = (n - 1) * u[:, None] * kernel * v[None] + 1e-8
+    negatives = (s / t + weights.log()).fill_diagonal_(-10.0)
+    logits = torch.cat([s.diagonal()[:, None] / t, negatives], 1)
+    return logits.logsumexp(1) - logits[:, 0]
+
+
+@pytest.mark.parametrize("modulation", ["hard", "easy"])
+def test_agrees_with_the_published_formulation(modulation):
+    features = torch.randn(6, 64, dtype=torch.double)
+    query = torch.nn.functional.normalize(features, dim=0)
+    key = torch.nn.functional.normalize(features + 0.7 * torch.randn_like(features), dim=0)
+    ours = patch_nce(query[None], key[None], modulation=modulation, tolerance=1e-9)
+    torch.testing.assert_close(ours[0], published_monce(query, key, modulation, 0.07, 1.0), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("eps", [1.0, 0.1, 0.03])  # the last one takes the path without a stored kernel
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("block", [2**24, 500])
+def test_transport_plan_has_row_and_column_sums_of_one(eps, sign, block, monkeypatch):
+    monkeypatch.setattr(module, "BLOCK", block)
+    query, key = (torch.nn.functional.normalize(torch.randn(2, 4, 40).double(), dim=1) for _ in range(2))
+    f, g = transport_potentials(query, key, sign / eps, iterations=5000, tolerance=1e-8)
+    plan = torch.exp(f[:, :, None] + sign / eps * query.transpose(1, 2) @ key + g[:, None])
+    plan.diagonal(0, 1, 2).zero_()
+    assert (plan.sum(1) - 1).abs().max() <= 1e-6
+    assert (plan.sum(2) - 1).abs().max() <= 1e-6
+
+
+def test_sinkhorn_stops_early_and_no_later_than_asked(monkeypatch):
+    calls = []
+    product = module._log_product
+    monkeypatch.setattr(module, "_log_product", lambda *a: calls.append(1) or product(*a))
+    query, key = (torch.nn.functional.normalize(torch.randn(1, 8, 64), dim=1) for _ in range(2))
+    transport_potentials(query, key, 1.0, iterations=50, tolerance=1e-4)
+    assert 2 <= len(calls) < 40
+    calls.clear()
+    transport_potentials(query, key, 10.0, iterations=3, tolerance=0.0)
+    assert len(calls) == 6
+
+
+@pytest.mark.parametrize("modulation", MODULATIONS)
+@pytest.mark.parametrize("places", [2, 3, 17, 100])
+def test_blocks_change_nothing(modulation, places, monkeypatch):
+    sr, gt = torch.randn(2, 2, 5, places, dtype=torch.double).unbind(0)
+    sr.requires_grad_()
+
+    def value_and_gradient() -> tuple[torch.Tensor, torch.Tensor]:
+        loss = patch_nce(sr, gt, modulation=modulation, tolerance=1e-12)
+        return loss, torch.autograd.grad(loss.sum(), sr)[0]
+
+    whole = value_and_gradient()
+    monkeypatch.setattr(module, "BLOCK", 2 * places * 7)
+    for got, want in zip(value_and_gradient(), whole, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the most elements of any tensor that an operator returns."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.untyped_storage().nbytes() // tensor.itemsize)
+        return out
+
+
+def test_dense_holds_no_square_of_places(monkeypatch):
+    monkeypatch.setattr(module, "BLOCK", 2**14)
+    sr, gt = torch.randn(2, 1, 3, 2048).unbind(0)
+    with LargestTensor() as largest:
+        loss = module._patch_nce._init_fn(sr, gt, 0.07, "hard", 1.0, 1.0, 50, 1e-4, True)[0]
+    assert loss.isfinite().all()
+    assert largest.elements <= 2**14 < 2048**2
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck's own doing
+@pytest.mark.parametrize("modulation", MODULATIONS)
+def test_opcheck(modulation):
+    for with_jacobian in (True, False):
+        sr = torch.randn(2, 4, 6, requires_grad=with_jacobian)
+        arguments = (sr, torch.randn(2, 4, 6), 0.07, modulation, 1.0, 1.0, 50, 1e-4, with_jacobian)
+        result = torch.library.opcheck(torch.ops.mghf_loss.patch_nce.default, arguments)
+        assert set(result.values()) == {"SUCCESS"}
+
+
+def test_gradcheck_of_plain():
+    # Modulated weights carry no gradient, so only the plain loss is its own derivative's integral.
+    sr = torch.randn(1, 3, 5, dtype=torch.double, requires_grad=True)
+    gt = torch.randn(1, 3, 5, dtype=torch.double)
+    assert torch.autograd.gradcheck(lambda x: patch_nce(x, gt, modulation="plain", temperature=0.3), (sr,))
+
+
+@pytest.mark.parametrize("modulation", MODULATIONS)
+def test_edge_cases_are_finite(modulation):
+    def check(sr: torch.Tensor, gt: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        sr = sr.clone().requires_grad_()
+        loss = patch_nce(sr, gt, modulation=modulation)
+        (gradient,) = torch.autograd.grad(loss.sum(), sr)
+        assert loss.isfinite().all()
+        assert gradient.isfinite().all()
+        return loss, gradient
+
+    one = torch.randn(2, 4, 1)
+    loss, gradient = check(one, one)
+    assert (loss == 0).all()
+    assert (gradient == 0).all()
+
+    same = torch.ones(1, 4, 10)  # every place alike: the positive is one of ten
+    loss, gradient = check(same, same)
+    torch.testing.assert_close(loss, torch.full((1, 10), math.log(10.0)))
+    assert gradient.abs().max() < 1e-5
+
+    zero = torch.zeros(1, 4, 10)
+    _, gradient = check(zero, torch.randn(1, 4, 10))
+    assert (gradient == 0).all()
+
+    huge = torch.randn(1, 4, 10) * 1e30
+    torch.testing.assert_close(check(huge, huge)[0], check(huge / 1e30, huge)[0])
+
+
+def test_gradient_is_orthogonal_to_the_vectors():
+    sr = torch.randn(1, 6, 20, requires_grad=True)
+    patch_nce(sr, torch.randn(1, 6, 20)).sum().backward()
+    assert (sr.grad * sr).sum(1).abs().max() < 1e-5  # the length of a vector does not matter
+
+
+def test_no_gradient_reaches_gt():
+    sr, gt = torch.randn(1, 4, 9, requires_grad=True), torch.randn(1, 4, 9, requires_grad=True)
+    patch_nce(sr, gt).sum().backward()
+    assert gt.grad is None
+    assert sr.grad.abs().sum() > 0
+
+
+def test_term_samples_the_same_places_for_the_same_seed():
+    sr, gt = torch.randn(2, 2, 9, 12, 12).unbind(0)
+
+    def sampled(seed: int) -> torch.Tensor:
+        return terms.patch_nce(sr, gt, patches=32, generator=torch.Generator().manual_seed(seed))
+
+    assert torch.equal(sampled(1), sampled(1))
+    assert not torch.equal(sampled(1), sampled(2))
+
+
+def test_term_takes_every_place_when_there_are_no_more():
+    sr, gt = torch.randn(2, 2, 9, 6, 6).unbind(0)
+    dense = terms.patch_nce(sr, gt, patches=None)
+    assert torch.equal(terms.patch_nce(sr, gt, patches=36), dense)
+    assert torch.equal(terms.patch_nce(sr, gt, patches=1000), dense)
+    expected = patch_nce(sr.flatten(2), gt.flatten(2)).mean()
+    torch.testing.assert_close(dense, expected)
+
+
+def test_sampled_mean_approaches_dense_of_the_sampled_places():
+    sr, gt = torch.randn(2, 1, 9, 10, 10).unbind(0)
+    places = torch.randperm(100, generator=torch.Generator().manual_seed(3))[:20]
+    expected = patch_nce(sr.flatten(2)[..., places], gt.flatten(2)[..., places]).mean()
+    torch.testing.assert_close(
+        terms.patch_nce(sr, gt, patches=20, generator=torch.Generator().manual_seed(3)), expected
+    )
+
+
+def test_channel_weights_prune_channels():
+    sr, gt = torch.randn(2, 1, 4, 5, 5).unbind(0)
+    weights = torch.tensor([[2.0, 1.0, 0.0, 1.0]])
+    changed = sr.clone()
+    changed[:, 2] += 100
+    assert torch.equal(
+        terms.patch_nce(sr, gt, weights, patches=None), terms.patch_nce(changed, gt, weights, patches=None)
+    )
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("modulation", "medium"),
+        ("patches", 1),
+        ("patches", 2.5),
+        ("temperature", 0.0),
+        ("eps", -1.0),
+        ("negative_weight", 0.0),
+    ],
+)
+def test_bad_options_are_named(option, value):
+    level = torch.randn(1, 4, 5, 5)
+    with pytest.raises(ValueError, match=rf"{option} must.*{value!r}"):
+        terms.patch_nce(level, level, **{option: value})

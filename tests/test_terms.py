@@ -1,0 +1,105 @@
+"""Content, style and correlation: hand-computed values, numpy, invariances."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from mghf_loss import terms
+
+
+def levels(batch: int = 2, channels: int = 5, size: tuple[int, int] = (6, 7)) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(2, batch, channels, *size, dtype=torch.double).unbind(0)
+
+
+def test_content_by_hand():
+    sr = torch.tensor([1.0, 2.0, 3.0, 4.0]).reshape(1, 2, 1, 2)
+    gt = torch.tensor([1.0, 0.0, 3.0, 7.0]).reshape(1, 2, 1, 2)
+    assert terms.content(sr, gt).item() == pytest.approx((4 + 9) / 4)
+    weights = torch.tensor([[0.5, 2.0]])
+    assert terms.content(sr, gt, weights).item() == pytest.approx((4 * 0.25 + 9 * 4) / 4)
+
+
+def test_style_by_hand():
+    sr = torch.tensor([[1.0, 2.0], [0.0, 1.0]]).reshape(1, 2, 1, 2)
+    gt = torch.zeros(1, 2, 1, 2)
+    # F F^T = [[5, 2], [2, 1]], / (C H W) = / 4
+    assert terms.style(sr, gt).item() == pytest.approx((5**2 + 2 * 2**2 + 1) / 16 / 4)
+
+
+def test_style_is_the_difference_of_two_gram_matrices():
+    sr, gt = levels()
+    weights = torch.rand(2, 5, dtype=torch.double)
+
+    def gram(level: torch.Tensor, b: int) -> np.ndarray:
+        f = level[b].flatten(1).numpy() * weights[b].numpy()[:, None]
+        return f @ f.T / f.size
+
+    expected = [np.mean((gram(sr, b) - gram(gt, b)) ** 2) for b in range(2)]
+    np.testing.assert_allclose(terms.style(sr, gt, weights, reduction="none").numpy(), expected, rtol=1e-12)
+
+
+def test_style_keeps_its_digits_when_sr_is_close_to_gt():
+    gt = torch.randn(1, 8, 32, 32, dtype=torch.double)
+    sr = gt + 1e-4 * torch.randn_like(gt)
+    exact = terms.style(sr, gt)
+    assert terms.style(sr.float(), gt.float()).item() == pytest.approx(exact.item(), rel=1e-2)
+
+
+def test_style_ignores_where_texture_is_and_correlation_does_not():
+    gt = torch.randn(1, 5, 8, 8, dtype=torch.double)
+    shuffled = gt.flatten(2)[:, :, torch.randperm(64)].reshape_as(gt)
+    assert terms.style(shuffled, gt).item() == pytest.approx(0, abs=1e-25)
+    assert terms.correlation(shuffled, gt).item() > 0.5
+
+
+def test_correlation_is_one_minus_pearsons_r():
+    sr, gt = levels()
+    r = [[np.corrcoef(sr[b, c].ravel(), gt[b, c].ravel())[0, 1] for c in range(5)] for b in range(2)]
+    got = terms.correlation(sr, gt, eps=0.0, reduction="none").numpy()
+    np.testing.assert_allclose(got, 1 - np.mean(r, axis=1), rtol=1e-10)
+    weights = torch.rand(2, 5, dtype=torch.double)
+    got = terms.correlation(sr, gt, weights, eps=0.0, reduction="none").numpy()
+    np.testing.assert_allclose(got, 1 - np.average(r, axis=1, weights=weights.numpy()), rtol=1e-10)
+
+
+def test_correlation_extremes():
+    gt = torch.randn(1, 3, 8, 8, dtype=torch.double)
+    assert terms.correlation(3 * gt + 1, gt, eps=0.0).item() == pytest.approx(0, abs=1e-12)
+    assert terms.correlation(-gt, gt, eps=0.0).item() == pytest.approx(2, abs=1e-12)
+    assert terms.correlation(torch.ones_like(gt), torch.zeros_like(gt)).item() == pytest.approx(0, abs=1e-12)
+
+
+def test_pruned_channels_do_not_count():
+    sr, gt = levels()
+    weights = torch.ones(2, 5, dtype=torch.double)
+    weights[:, 1] = 0
+    changed = sr.clone()
+    changed[:, 1] *= 7
+    for term in (terms.content, terms.style, terms.correlation):
+        assert torch.equal(term(changed, gt, weights), term(sr, gt, weights)), term.__name__
+        assert not torch.equal(term(changed, gt), term(sr, gt)), term.__name__
+
+
+@pytest.mark.parametrize("term", [terms.content, terms.style, terms.correlation, terms.patch_nce])
+def test_reductions_agree(term):
+    sr, gt = levels(batch=3)
+    values = term(sr, gt, reduction="none")
+    assert values.shape == (3,)
+    torch.testing.assert_close(term(sr, gt, reduction="mean"), values.mean())
+    torch.testing.assert_close(term(sr, gt, reduction="sum"), values.sum())
+    single = torch.stack([term(sr[b : b + 1], gt[b : b + 1]) for b in range(3)])
+    torch.testing.assert_close(single, values)  # images of a batch do not see one another
+
+
+@pytest.mark.parametrize("term", [terms.content, terms.style, terms.correlation])
+def test_gradcheck(term):
+    sr, gt = levels(batch=1, channels=2, size=(2, 3))
+    assert torch.autograd.gradcheck(lambda x: term(x, gt), (sr.requires_grad_(),))
+
+
+@pytest.mark.parametrize("term", [terms.content, terms.style, terms.correlation, terms.patch_nce])
+def test_levels_of_different_shape_are_refused(term):
+    with pytest.raises(ValueError, match=r"\(1, 3, 4, 4\) and \(1, 3, 4, 5\)"):
+        term(torch.rand(1, 3, 4, 4), torch.rand(1, 3, 4, 5))
