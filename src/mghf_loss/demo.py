@@ -19,7 +19,7 @@ from .mghf import MGHFLoss
 
 SCALE = 4
 # Factor of MGHFLoss beside L1.
-MGHF_WEIGHT = 0.02
+MGHF_WEIGHT = 0.05
 TRAINING_PHOTOGRAPHS = ("astronaut", "rocket", "camera", "stereo_motorcycle")
 UNSEEN_PHOTOGRAPHS = {"chelsea": (110, 130), "coffee": (160, 330)}  # with the corner of the crop to zoom into
 ZOOM = 72

@@ -13,6 +13,7 @@ from FrEIA.framework import SequenceINN
 from FrEIA.modules import HaarDownsampling, InvertibleModule
 from huggingface_hub import ModelHubMixin
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from . import checkpoints
 from .images import check_image, pad_to_multiple
@@ -96,10 +97,41 @@ class Bottleneck(nn.Sequential):
     def forward(self, input: Tensor) -> Tensor:
         """Apply the block; every map keeps its height and width."""
         # Reflection padding commutes with a 1x1 convolution and ReLU; padding the few input channels rather
-        # than the hidden ones saves a copy of the hidden map in the backward graph. A map of one place has
-        # nothing to reflect.
+        # than the hidden ones saves a copy of the hidden map. A map of one place has nothing to reflect.
         mode = "reflect" if min(input.shape[-2:]) > 1 else "replicate"
-        return super().forward(F.pad(input, (1, 1, 1, 1), mode=mode))
+        padded = F.pad(input, (1, 1, 1, 1), mode=mode)
+        parameters = tuple(self.parameters())
+        if padded.requires_grad and not any(parameter.requires_grad for parameter in parameters):
+            return _FrozenBottleneck.apply(padded, *parameters)  # type: ignore[return-value]
+        return super().forward(padded)
+
+
+class _FrozenBottleneck(torch.autograd.Function):
+    """The padded `Bottleneck` with constant parameters: the backward pass needs the signs of the hidden maps only.
+
+    Autograd would keep the maps themselves, as inputs of convolutions whose weights need no gradient: four times
+    the memory, and most of what a loss keeps.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *parameters: Tensor) -> Tensor:
+        w1, b1, w2, b2, w3, b3 = parameters
+        hidden = F.conv2d(x, w1, b1).relu_()
+        first = hidden.bool()  # ReLU leaves no negative values; several times as fast as hidden > 0
+        hidden = F.conv2d(hidden, w2, b2, groups=len(w2)).relu_()
+        second = hidden.bool()
+        # A product with uint8 is vectorised on a CPU, with bool it is not.
+        ctx.save_for_backward(first.view(torch.uint8), second.view(torch.uint8), w1, w2, w3)
+        return F.conv2d(hidden, w3, b3)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        first, second, w1, w2, w3 = ctx.saved_tensors
+        # The transpose of a convolution: channels swapped, taps flipped, full padding.
+        gradient = F.conv2d(gradients[0], w3.transpose(0, 1)).mul_(second)
+        gradient = F.conv2d(gradient, w2.flip(-2, -1), padding=2, groups=len(w2)).mul_(first)
+        return F.conv2d(gradient, w1.transpose(0, 1)), *[None] * 6
 
 
 class ChannelMixing(InvertibleModule):

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 DEFAULT_COEFFICIENTS: dict[str, float] = {
     "content": 1.0,
-    "style": 1000.0,
-    "correlation": 0.2,
+    "style": 200.0,
+    "correlation": 1.0,
     "patch_nce": 0.005,
     "dino_jsd": 0.0,
 }
