@@ -9,19 +9,17 @@ gradient with respect to it, per crop, next to that of L1 and of MGHFLoss with i
 from __future__ import annotations
 
 import argparse
-import csv
 import datetime
-import platform
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from losses import device_name
 from torch import Tensor
 from tqdm import trange
 
 import mghf_loss
-from mghf_loss.checkpoints import write_atomically
-from mghf_loss.demo import downscale, upscale
+from mghf_loss.demo import downscale, upscale, write_table
 from mghf_loss.mghf import DEFAULT_COEFFICIENTS
 from mghf_loss.training.data import RandomCrops
 
@@ -75,21 +73,15 @@ def main() -> None:
                 "product": product,
                 "crops": options.crops,
                 "crop": options.crop,
-                "device": platform.processor() or platform.machine(),
+                "device": device_name(torch.device("cpu")),
                 "torch": torch.__version__,
                 "package": mghf_loss.__version__,
                 "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
             }
         )
 
-    def write(path: Path) -> None:
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
-
     options.csv.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(options.csv, write)
+    write_table(options.csv, rows)
     print(f"wrote {options.csv}")
 
 

@@ -22,9 +22,7 @@ is not installed or cannot run is skipped with the reason.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
-import os
 import platform
 import random
 import re
@@ -45,7 +43,9 @@ from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 from mghf_loss import DinoJSDLoss, MGHFLoss, MGHFnLoss
+from mghf_loss.demo import write_table
 from mghf_loss.frozen import Frozen
+from mghf_loss.mghf import DEFAULT_COEFFICIENTS
 
 OURS = "mghf-loss"
 MIB = 2**20
@@ -67,6 +67,11 @@ def on_unit_range(loss: nn.Module, sr: Tensor, gt: Tensor) -> Tensor:
 def with_gradient(loss: nn.Module, sr: Tensor, gt: Tensor) -> Tensor:
     """Of DISTS, whose default call passes no gradient through the network."""
     return loss(sr, gt, require_grad=True, batch_average=True)
+
+
+def content_and(inn: str, *terms: str) -> nn.Module:
+    """MGHFLoss with the content term and `terms` alone, at their default coefficients."""
+    return MGHFLoss({name: 0.0 for name in DEFAULT_COEFFICIENTS if name not in {"content", *terms}}, inn=inn)
 
 
 def dino() -> nn.Module:
@@ -139,6 +144,10 @@ def entries(inn: str) -> dict[str, Entry]:
         "MGHFnLoss": Entry(OURS, partial(MGHFnLoss, inn=inn)),
         "MGHFLoss": Entry(OURS, partial(MGHFLoss, inn=inn)),
         "MGHFLoss dense": Entry(OURS, partial(MGHFLoss, inn=inn, patches=None)),
+        "content": Entry(OURS, partial(content_and, inn)),
+        "content + style": Entry(OURS, partial(content_and, inn, "style")),
+        "content + correlation": Entry(OURS, partial(content_and, inn, "correlation")),
+        "content + patch_nce": Entry(OURS, partial(content_and, inn, "patch_nce")),
         "DinoJSDLoss": Entry(OURS, dino),
         "lpips alex": Entry("lpips", partial(lpips, "alex"), on_unit_range),
         "lpips vgg": Entry("lpips", partial(lpips, "vgg"), on_unit_range),
@@ -264,20 +273,6 @@ def device_name(device: torch.device) -> str:
     return found[1].strip() if found else platform.processor() or platform.machine()
 
 
-def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write the file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def print_table(rows: list[dict[str, Any]]) -> None:
     columns = [
         "loss",
@@ -365,7 +360,8 @@ def main() -> None:
             }
         )
 
-    write_csv(path, rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_table(path, rows)
     threads = f"{arguments.threads} thread{'s' if arguments.threads > 1 else ''}"
     print(f"{name}, {threads}, {' x '.join(map(str, shape))}, float32, {arguments.rounds} rounds, forward + backward")
     print("DINO, LPIPS, DISTS and VGG networks have random weights: the figures are of cost, not of quality.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -97,7 +98,7 @@ def run_demo(out: Path, steps: int, seed: int, device: str) -> list[dict[str, ob
     for run in runs:
         images[run.name] = [_apply(run.model, downscale(gt)) for gt in unseen.values()]
     table = [_judge(name, srs, list(unseen.values()), criterion) for name, srs in images.items()]
-    _write_table(out / "table.csv", table)
+    write_table(out / "table.csv", table)
     _plot_crops(out / "crops.png", images, list(unseen.values()))
     _plot_terms(out / "terms.png", runs, criterion)
     return table
@@ -187,10 +188,12 @@ def _judge(name: str, srs: list[Tensor], gts: list[Tensor], judge: MGHFLoss) -> 
     return {"loss": name, "PSNR": float(np.mean(psnr)), "SSIM": float(np.mean(ssim)), **_terms(srs, gts, judge)}
 
 
-def _write_table(path: Path, table: list[dict[str, object]]) -> None:
+def write_table(path: Path, table: Sequence[Mapping[str, object]]) -> None:
+    """Write rows of one set of columns as CSV, whole or not at all."""
+
     def write(temporary: Path) -> None:
-        with temporary.open("w", newline="") as file:
-            writer = csv.DictWriter(file, table[0])
+        with temporary.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(table[0]))
             writer.writeheader()
             writer.writerows(table)
 

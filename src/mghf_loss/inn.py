@@ -126,7 +126,7 @@ class _FrozenBottleneck(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         first, second, w1, w2, w3 = ctx.saved_tensors
         # The transpose of a convolution: channels swapped, taps flipped, full padding.
         gradient = F.conv2d(gradients[0], w3.transpose(0, 1)).mul_(second)
