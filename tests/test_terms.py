@@ -100,6 +100,23 @@ def test_gradcheck(term):
 
 
 @pytest.mark.parametrize("term", [terms.content, terms.style, terms.correlation, terms.patch_nce])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_levels_are_computed_in_float32_whatever_autocast_says(term, dtype):
+    sr, gt = (level.to(dtype) for level in levels())
+    expected = term(sr.float(), gt.float())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = term(sr, gt)
+    assert got.dtype == torch.float32
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("term", [terms.content, terms.style, terms.correlation, terms.patch_nce])
+def test_an_unknown_reduction_is_refused(term):
+    with pytest.raises(ValueError, match=r"reduction must be one of .* got 'max'"):
+        term(*levels(), reduction="max")
+
+
+@pytest.mark.parametrize("term", [terms.content, terms.style, terms.correlation, terms.patch_nce])
 def test_levels_of_different_shape_are_refused(term):
     with pytest.raises(ValueError, match=r"\(1, 3, 4, 4\) and \(1, 3, 4, 5\)"):
         term(torch.rand(1, 3, 4, 4), torch.rand(1, 3, 4, 5))

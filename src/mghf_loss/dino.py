@@ -28,7 +28,8 @@ class DinoJSDLoss(nn.Module):
 
     Args:
         model: name of a timm DINOv2 ViT, whose weights are fetched from the Hub when the loss is built;
-            `"hf-hub:org/name@revision"` pins a revision; or a ready timm ViT, for weights of your own.
+            `"hf-hub:org/name@revision"` pins a revision; or a ready timm ViT, for weights of your own, which is
+            taken over: frozen and set to eval mode.
         tokens: `"class"` or `"patch"`.
         temperature: T, in units of the embedding.
         input_range: values of black and white.

@@ -38,7 +38,7 @@ class MGHFnLoss(nn.Module):
 
     Args:
         inn: `"bundled"`, `"org/name"` or `"org/name@revision"` on the Hub, a folder, a .safetensors file, or a
-            `HighFrequencyINN`.
+            `HighFrequencyINN`, which is taken over: frozen and set to eval mode.
         input_range: values of black and white; values outside are taken as they are, never clamped.
         reduction: `"mean"`, `"sum"` or `"none"` (per image).
 
@@ -63,11 +63,9 @@ class MGHFnLoss(nn.Module):
 
     def forward(self, sr: Tensor, gt: Tensor) -> Tensor:
         """Return the loss of `sr` against `gt`, both (B, 3, H, W) in `input_range`; gradient to `sr` only."""
-        images.check_pair(sr, gt, least_size=self.inn.network.stride)
-        with _without_autocast(sr):
-            sr_features, gt_features = _pair_features(self.inn.network, sr, gt, self.input_range)
-            per_level = [terms.content(s, g, reduction="none") for s, g in zip(sr_features, gt_features, strict=True)]
-            return terms.reduce(_mean(per_level), self.reduction)
+        sr_features, gt_features = _pair_features(self.inn.network, sr, gt, self.input_range)
+        per_level = [terms.content(s, g, reduction="none") for s, g in zip(sr_features, gt_features, strict=True)]
+        return terms.reduce(_mean(per_level), self.reduction)
 
 
 class MGHFLoss(nn.Module):
@@ -81,7 +79,7 @@ class MGHFLoss(nn.Module):
         coefficients: factor of each term, updating the defaults; a term with 0 is neither computed nor its
             network loaded. The defaults balance the gradients at the start of training (see the README).
         inn: `"bundled"`, `"org/name"` or `"org/name@revision"` on the Hub, a folder, a .safetensors file, or a
-            `HighFrequencyINN`.
+            `HighFrequencyINN`, which is taken over: frozen and set to eval mode.
         input_range: values of black and white; values outside are taken as they are, never clamped.
         patches: places of PatchNCE, drawn at random anew in each call; None for all of them.
         modulation: of PatchNCE's negatives: `"hard"`, `"easy"` or `"plain"`.
@@ -177,22 +175,18 @@ class MGHFLoss(nn.Module):
         """Unweighted terms that have a coefficient, by name and per image (B,), differentiable in `sr`."""
         values: dict[str, Tensor] = {}
         if self.inn is not None:
-            images.check_pair(sr, gt, least_size=self.inn.network.stride)
-            with _without_autocast(sr):
-                sr_features, gt_features = _pair_features(self.inn.network, sr, gt, self.input_range)
-                weights = [entropy_channel_weights(level, self.prune) for level in gt_features]
-                levels = list(zip(sr_features, gt_features, weights, strict=True))
-                patch_nce = partial(
-                    terms.patch_nce, patches=self.patches, modulation=self.modulation, generator=generator
-                )
-                for name, term in (
-                    ("content", terms.content),
-                    ("style", terms.style),
-                    ("correlation", terms.correlation),
-                    ("patch_nce", patch_nce),
-                ):
-                    if name in self.coefficients:
-                        values[name] = _mean([term(s, g, w, reduction="none") for s, g, w in levels])
+            sr_features, gt_features = _pair_features(self.inn.network, sr, gt, self.input_range)
+            weights = [entropy_channel_weights(level, self.prune) for level in gt_features]
+            levels = list(zip(sr_features, gt_features, weights, strict=True))
+            patch_nce = partial(terms.patch_nce, patches=self.patches, modulation=self.modulation, generator=generator)
+            for name, term in (
+                ("content", terms.content),
+                ("style", terms.style),
+                ("correlation", terms.correlation),
+                ("patch_nce", patch_nce),
+            ):
+                if name in self.coefficients:
+                    values[name] = _mean([term(s, g, w, reduction="none") for s, g, w in levels])
         if self.dino is not None:
             values["dino_jsd"] = self.dino(sr, gt)
         return values
@@ -229,20 +223,18 @@ def _pair_features(
     network: HighFrequencyINN, sr: Tensor, gt: Tensor, input_range: tuple[float, float]
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Features of both images per level, in float32 at least; those of `gt` without gradient."""
+    images.check_pair(sr, gt, least_size=network.stride)
     dtype = next(network.parameters()).dtype
 
     def features(image: Tensor) -> list[Tensor]:
         levels = network.features(images.rescale(image.to(dtype), input_range, (-1.0, 1.0)))
         return [level.to(torch.promote_types(dtype, torch.float32)) for level in levels]
 
-    with torch.no_grad():
-        gt_features = features(gt)
-    return features(sr), gt_features
+    with torch.autocast(sr.device.type, enabled=False):
+        with torch.no_grad():
+            gt_features = features(gt)
+        return features(sr), gt_features
 
 
 def _mean(per_level: list[Tensor]) -> Tensor:
     return torch.stack(per_level).mean(0)
-
-
-def _without_autocast(tensor: Tensor) -> torch.autocast:
-    return torch.autocast(tensor.device.type, enabled=False)

@@ -1,12 +1,15 @@
 """The terms of the loss on one level of features: SR and GT tensors (B, C, H, W) -> a scalar.
 
 Every term takes `reduction`: `"mean"` (a 0-d tensor, the default), `"sum"`, or `"none"` for one value per
-image, (B,). `channel_weights` (B, C) multiply the features of both images. GT carries no gradient.
+image, (B,). `channel_weights` (B, C) multiply the features of both images. GT carries no gradient. All is computed
+in float32 at least, whatever autocast says.
 """
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, Literal, TypeVar, cast, get_args
 
 import torch
 from torch import Tensor
@@ -15,8 +18,28 @@ from . import ops
 
 Reduction = Literal["mean", "sum", "none"]
 Modulation = Literal["plain", "hard", "easy"]
+Term = TypeVar("Term", bound=Callable[..., Tensor])
 
 
+def _term(function: Term) -> Term:
+    """Check the levels, detach GT, and compute `function` of them in float32 at least."""
+
+    @wraps(function)
+    def term(sr_level: Tensor, gt_level: Tensor, *arguments: Any, **options: Any) -> Tensor:
+        if sr_level.ndim != 4 or sr_level.shape != gt_level.shape:
+            raise ValueError(
+                "sr_level and gt_level must have the same shape (B, C, H, W), "
+                f"got {tuple(sr_level.shape)} and {tuple(gt_level.shape)}"
+            )
+        check_reduction(options.get("reduction", "mean"))
+        dtype = torch.promote_types(torch.promote_types(sr_level.dtype, gt_level.dtype), torch.float32)
+        with torch.autocast(sr_level.device.type, enabled=False):
+            return function(sr_level.to(dtype), gt_level.detach().to(dtype), *arguments, **options)
+
+    return cast(Term, term)
+
+
+@_term
 def content(
     sr_level: Tensor,
     gt_level: Tensor,
@@ -28,11 +51,11 @@ def content(
 
     Reference: arXiv 2411.13548 (MGHF), MGHF-n and the content term of MGHF-c.
     """
-    _check_levels(sr_level, gt_level)
-    difference = _weighted(sr_level - gt_level.detach(), channel_weights)
+    difference = _weighted(sr_level - gt_level, channel_weights)
     return reduce(difference.square().mean((1, 2, 3)), reduction)
 
 
+@_term
 def style(
     sr_level: Tensor,
     gt_level: Tensor,
@@ -46,10 +69,9 @@ def style(
 
     Reference: arXiv 2411.13548 (MGHF), style term; Gatys et al., CVPR 2016, eq. 3-4 (there without 1/(C H W)).
     """
-    _check_levels(sr_level, gt_level)
     sr, gt = (
         _weighted(sr_level, channel_weights).flatten(2),
-        _weighted(gt_level.detach(), channel_weights).flatten(2),
+        _weighted(gt_level, channel_weights).flatten(2),
     )
     scale = (sr.shape[1] * sr.shape[2]) ** -0.5  # before the product: no overflow, no lost digits
     # F_s F_s^T - F_g F_g^T = (D M^T + M D^T) / 2 with D = F_s - F_g, M = F_s + F_g: one product instead of two,
@@ -59,6 +81,7 @@ def style(
     return reduce(difference.square().mean((1, 2)), reduction)
 
 
+@_term
 def correlation(
     sr_level: Tensor,
     gt_level: Tensor,
@@ -74,8 +97,7 @@ def correlation(
 
     Reference: arXiv 2411.13548 (MGHF), CSC, content-style consistency; eps and the weighting are our choice.
     """
-    _check_levels(sr_level, gt_level)
-    sr, gt = sr_level.flatten(2), gt_level.detach().flatten(2)
+    sr, gt = sr_level.flatten(2), gt_level.flatten(2)
     sr, gt = sr - sr.mean(2, keepdim=True), gt - gt.mean(2, keepdim=True)
     covariance = (sr * gt).mean(2) + eps
     r = covariance * ((sr.square().mean(2) + eps) * (gt.square().mean(2) + eps)).rsqrt()
@@ -83,6 +105,7 @@ def correlation(
     return reduce(((1 - r) * weights).sum(1) / weights.sum(1), reduction)
 
 
+@_term
 def patch_nce(
     sr_level: Tensor,
     gt_level: Tensor,
@@ -123,13 +146,12 @@ def patch_nce(
     Reference: arXiv 2411.13548 (MGHF), LIP, local information preservation; Park et al., ECCV 2020 (PatchNCE);
     Zhan et al., CVPR 2022 (MoNCE). T, eps and Q are MoNCE's.
     """
-    _check_levels(sr_level, gt_level)
     check_modulation(modulation)
     check_patches(patches)
     for name, value in (("temperature", temperature), ("eps", eps), ("negative_weight", negative_weight)):
         if not value > 0:
             raise ValueError(f"{name} must be positive, got {value!r}")
-    sr, gt = sr_level.flatten(2), gt_level.detach().flatten(2)
+    sr, gt = sr_level.flatten(2), gt_level.flatten(2)
     if patches is not None and patches < sr.shape[2]:
         device = sr.device if generator is None else generator.device
         places = torch.randperm(sr.shape[2], generator=generator, device=device)[:patches].to(sr.device)
@@ -173,14 +195,6 @@ def check_patches(patches: int | None) -> int | None:
     if patches is not None and (not isinstance(patches, int) or isinstance(patches, bool) or patches < 2):
         raise ValueError(f"patches must be an integer of at least 2, or None for every place, got {patches!r}")
     return patches
-
-
-def _check_levels(sr_level: Tensor, gt_level: Tensor) -> None:
-    if sr_level.ndim != 4 or sr_level.shape != gt_level.shape:
-        raise ValueError(
-            "sr_level and gt_level must have the same shape (B, C, H, W), "
-            f"got {tuple(sr_level.shape)} and {tuple(gt_level.shape)}"
-        )
 
 
 def _weighted(features: Tensor, channel_weights: Tensor | None) -> Tensor:
