@@ -93,7 +93,7 @@ def refused(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Client, 
 
 @pytest.fixture(scope="module")
 def repositories(tmp_path_factory: pytest.TempPathFactory) -> Repositories:
-    from timm.models import save_for_hf
+    from timm.models._hub import save_for_hf
 
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("repositories")

@@ -18,6 +18,8 @@ from . import ops
 
 Reduction = Literal["mean", "sum", "none"]
 Modulation = Literal["plain", "hard", "easy"]
+REDUCTIONS = get_args(Reduction)
+MODULATIONS = get_args(Modulation)
 Term = TypeVar("Term", bound=Callable[..., Tensor])
 
 
@@ -178,15 +180,15 @@ def reduce(values: Tensor, reduction: Reduction) -> Tensor:
 
 def check_reduction(reduction: Reduction) -> Reduction:
     """Return `reduction`, or raise `ValueError` naming the known ones."""
-    if reduction not in get_args(Reduction):
-        raise ValueError(f"reduction must be one of {get_args(Reduction)}, got {reduction!r}")
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
     return reduction
 
 
 def check_modulation(modulation: Modulation) -> Modulation:
     """Return `modulation`, or raise `ValueError` naming the known ones."""
-    if modulation not in get_args(Modulation):
-        raise ValueError(f"modulation must be one of {get_args(Modulation)}, got {modulation!r}")
+    if modulation not in MODULATIONS:
+        raise ValueError(f"modulation must be one of {MODULATIONS}, got {modulation!r}")
     return modulation
 
 

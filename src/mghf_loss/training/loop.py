@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -62,14 +63,13 @@ def train_inn(config: TrainConfig, network_config: INNConfig, device: str = "cpu
     averaged: HighFrequencyINN = average.module  # type: ignore[assignment]
     optimiser = torch.optim.Adam([p for p in network.parameters() if p.requires_grad], lr=config.learning_rate)
     warm_up = min(200, config.steps // 10 + 1)
-    schedule = torch.optim.lr_scheduler.SequentialLR(
-        optimiser,
-        [
-            torch.optim.lr_scheduler.LinearLR(optimiser, 1 / warm_up, total_iters=warm_up),
-            torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, max(1, config.steps - warm_up)),
-        ],
-        milestones=[warm_up],
-    )
+
+    def factor(step: int) -> float:
+        if step < warm_up:
+            return (1 + (warm_up - 1) * step / warm_up) / warm_up
+        return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, config.steps - warm_up)))
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
     state = {"network": network, "average": average, "optimiser": optimiser, "schedule": schedule}
     config.out.mkdir(parents=True, exist_ok=True)
     run = {
