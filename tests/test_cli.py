@@ -30,7 +30,7 @@ def test_compare_prints_every_term_of_the_loss(pair, capsys):
     assert cli.main(["compare", *pair, "--device", "cpu"]) == 0
     printed = {row.split()[0]: row.split()[1] for row in capsys.readouterr().out.splitlines()[1:]}
     generator = torch.Generator().manual_seed(0)
-    loss, terms = MGHFLoss(patches=1024)(*map(read_image, pair), return_terms=True, generator=generator)
+    loss, terms = MGHFLoss()(*map(read_image, pair), return_terms=True, generator=generator)
     for name, value in {**terms, "MGHFLoss": loss}.items():
         assert float(printed[name]) == pytest.approx(value.item(), rel=1e-4)
 
@@ -127,6 +127,22 @@ BAD_COMMANDS = [
     "no steps",
     "info of nothing",
 ]
+
+
+def test_an_interrupt_is_one_line(monkeypatch, capsys):
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_info", interrupt)
+    assert cli.main(["info"]) == 130
+    assert capsys.readouterr().err == "\nmghf-loss: interrupted\n"
+
+
+def test_an_unusable_device_is_named(pair, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["compare", *pair, "--device", "nosuch"])
+    assert stopped.value.code == 2
+    assert "cannot use device 'nosuch'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("case", BAD_COMMANDS)

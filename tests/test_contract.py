@@ -362,9 +362,22 @@ def test_images_smaller_than_the_networks_stride_are_refused(name, build):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"coefficients": "runs/inn"}, "coefficients must be a mapping .* got 'runs/inn'"),
+        ({"inn": None}, "inn must be a checkpoint's name .* got None"),
+    ],
+)
+def test_options_of_another_type_are_refused_by_name(options, message, inn):
+    with pytest.raises(TypeError, match=message):
+        MGHFLoss(**{"inn": inn, **options})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
         ({"coefficients": {"contents": 1.0}}, "unknown term contents .* known are content, style"),
         ({"coefficients": {"style": -1.0}}, r"coefficients\['style'\] must be .* got -1.0"),
         ({"coefficients": {"style": float("nan")}}, r"coefficients\['style'\] must be .* got nan"),
+        ({"coefficients": {"style": True}}, r"coefficients\['style'\] must be .* got True"),
         ({"coefficients": {"style": "1"}}, r"coefficients\['style'\] must be .* got '1'"),
         ({"coefficients": dict.fromkeys(TERMS, 0.0)}, "all coefficients are 0"),
         ({"patches": 1}, "patches must be .* got 1"),

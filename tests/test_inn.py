@@ -120,6 +120,15 @@ def test_log_scale_is_clamped():
     assert log_det.abs().item() <= 0.5 * 5 * 16
 
 
+def test_autocast_does_not_touch_the_network(inn):
+    image = torch.rand(1, 3, 32, 32) * 2 - 1
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        latent = inn(image)
+        restored = inn.inverse(latent)
+    assert {level.dtype for level in latent.features} == {torch.float32}
+    assert (restored - image).abs().max() <= 1e-5
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_network_inverts_roughly(dtype):
     network = perturbed_inn(levels=1).to(dtype)

@@ -159,14 +159,14 @@ def test_a_state_of_another_run_is_refused(folder):
         train_inn(replace(config, batch=1), replace(NETWORK, hidden=4))
 
 
-def test_a_damaged_state_starts_anew_with_a_warning(folder):
+def test_a_damaged_state_is_an_error_and_left_alone(folder):
     config = configuration(folder, steps=2)
-    first = train_inn(config, NETWORK)
+    train_inn(config, NETWORK)
     state = config.out / STATE_FILE
     state.write_bytes(state.read_bytes()[:1000])
-    with pytest.warns(UserWarning, match="cannot resume"):
-        second = train_inn(config, NETWORK)
-    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    with pytest.raises(ValueError, match=r"cannot resume from .* delete it to start anew"):
+        train_inn(config, NETWORK)
+    assert state.stat().st_size == 1000
 
 
 def test_a_crop_that_the_levels_do_not_divide_is_refused(folder):

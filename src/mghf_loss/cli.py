@@ -26,6 +26,10 @@ def main(arguments: list[str] | None = None) -> int:
         extra = EXTRAS.get(options.command, "demo")
         print(f"mghf-loss: error: {error}; install it with: pip install 'mghf-loss[{extra}]'", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        resumes = "; the same command resumes from the last checkpoint" if options.command == "train-inn" else ""
+        print(f"\nmghf-loss: interrupted{resumes}", file=sys.stderr)
+        return 130
     except (checkpoints.CheckpointError, OSError, ValueError, TypeError) as error:
         print(f"mghf-loss: error: {error}", file=sys.stderr)
         return 2
@@ -45,11 +49,13 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--heatmap", type=Path, metavar="OUT.png", help="write where each term arises")
     compare.add_argument("--inn", default="bundled", help="checkpoint of the invertible network")
     compare.add_argument("--dino", action="store_true", help="add the DINO term (fetches DINOv2 from the Hub)")
-    compare.add_argument("--patches", type=int, default=1024, help="places of PatchNCE")
-    compare.add_argument("--device", default=device)
+    compare.add_argument("--patches", type=int, default=256, help="random places of PatchNCE per level")
+    compare.add_argument("--device", type=_device, default=device, help="cpu, cuda or cuda:N")
     compare.set_defaults(run=_compare)
 
-    info = commands.add_parser("info", help="print versions, devices, checkpoint, op path", formatter_class=formatter)
+    info = commands.add_parser(
+        "info", help="print versions, devices, checkpoint and code path", formatter_class=formatter
+    )
     info.add_argument("--inn", default="bundled", help="checkpoint of the invertible network")
     info.set_defaults(run=_info)
 
@@ -58,8 +64,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--out", type=Path, default=Path("mghf-demo"), help="folder for table and pictures")
     demo.add_argument("--steps", type=int, default=500, help="training steps of each model")
-    demo.add_argument("--seed", type=int, default=0)
-    demo.add_argument("--device", default=device)
+    demo.add_argument("--seed", type=int, default=0, help="of initialisation and crops")
+    demo.add_argument("--device", type=_device, default=device, help="cpu, cuda or cuda:N")
     demo.set_defaults(run=_demo)
 
     train = commands.add_parser(
@@ -67,22 +73,30 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument("--images", type=Path, required=True, help="folder of images, searched recursively")
     train.add_argument("--out", type=Path, default=Path("runs/inn"), help="folder for network and resume state")
-    train.add_argument("--steps", type=int, default=20_000)
-    train.add_argument("--batch", type=int, default=16)
-    train.add_argument("--crop", type=int, default=96)
-    train.add_argument("--learning-rate", type=float, default=2e-3)
-    train.add_argument("--save-every", type=int, default=500)
-    train.add_argument("--seed", type=int, default=0)
-    train.add_argument("--variant", default="pyramid", choices=("pyramid", "packet"))
-    train.add_argument("--levels", type=int, default=3)
-    train.add_argument("--couplings", type=int, default=2, help="per level")
-    train.add_argument("--hidden", type=int, default=32)
-    train.add_argument("--clamp", type=float, default=2.0)
-    train.add_argument("--mixing", default="learned", choices=("learned", "fixed"))
-    train.add_argument("--noise-floor", type=float, default=6.0, help="in 1/255")
-    train.add_argument("--device", default=device)
+    train.add_argument("--steps", type=int, default=20_000, help="optimiser steps, fixed for a run and its resumptions")
+    train.add_argument("--batch", type=int, default=16, help="crops per step")
+    train.add_argument("--crop", type=int, default=96, help="side of a crop in pixels")
+    train.add_argument("--learning-rate", type=float, default=2e-3, help="peak of the cosine schedule")
+    train.add_argument("--save-every", type=int, default=500, help="steps between checkpoints")
+    train.add_argument("--seed", type=int, default=0, help="of initialisation, crops and noise")
+    train.add_argument("--variant", default="pyramid", choices=("pyramid", "packet"), help="what a level decomposes")
+    train.add_argument("--levels", type=int, default=3, help="Haar levels")
+    train.add_argument("--couplings", type=int, default=2, help="coupling modules per level")
+    train.add_argument("--hidden", type=int, default=32, help="width of the bottleneck blocks")
+    train.add_argument("--clamp", type=float, default=2.0, help="bound of the log-scales")
+    train.add_argument("--mixing", default="learned", choices=("learned", "fixed"), help="channel mixing")
+    train.add_argument("--noise-floor", type=float, default=6.0, help="noise on the training images, in 1/255")
+    train.add_argument("--device", type=_device, default=device, help="cpu, cuda or cuda:N")
     train.set_defaults(run=_train_inn)
     return parser
+
+
+def _device(name: str) -> str:
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(f"cannot use device {name!r}: {str(error).splitlines()[0]}") from None
+    return name
 
 
 def _compare(options: argparse.Namespace) -> None:
@@ -113,19 +127,19 @@ def _plot_heatmap(path: Path, criterion: MGHFLoss, sr: torch.Tensor, gt: torch.T
     panels |= {name: heat[0].cpu().numpy() for name, heat in maps.items()}
     columns = (len(panels) + 1) // 2
     width = 4.0
-    figure, axes = plt.subplots(
-        2, columns, figsize=(width * columns, 2 * width * sr.shape[-2] / sr.shape[-1] + 0.8), layout="constrained"
-    )
+    height = width * min(max(sr.shape[-2] / sr.shape[-1], 0.4), 1.6)
+    figure, axes = plt.subplots(2, columns, figsize=(width * columns, 2 * height + 1.2), layout="constrained")
+    figure.suptitle("norm of the gradient of coefficient x term with respect to SR; every panel has its own scale")
     for axis in axes.flat:
         axis.set_axis_off()
     for axis, (name, panel) in zip(axes.flat, panels.items(), strict=False):
+        axis.set_title(name)
         if panel.ndim == 3:
             axis.imshow(panel)
-            axis.set_title(name)
         else:
             # One pixel in a hundred may saturate, so that a single speck does not darken the rest.
-            axis.imshow(panel, cmap="inferno", vmin=0, vmax=max(float(np.quantile(panel, 0.99)), 1e-30))
-            axis.set_title(f"|gradient| of {name}")
+            high = max(float(np.quantile(panel, 0.99)), 1e-30)
+            figure.colorbar(axis.imshow(panel, cmap="inferno", vmin=0, vmax=high), ax=axis, shrink=0.8)
     checkpoints.write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=110))
     plt.close(figure)
 

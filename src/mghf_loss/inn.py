@@ -309,11 +309,12 @@ class HighFrequencyINN(
         check_image("image", image, least_size=self.stride)
         x, features, log_dets = pad_to_multiple(image, self.stride), [], []
         low = x
-        for level in self.levels:
-            details, low, log_det = level(x, log_det_jac)
-            features.append(details)
-            log_dets.append(log_det)
-            x = low if self.config.variant == "pyramid" else torch.cat((low, details), dim=1)
+        with torch.autocast(image.device.type, enabled=False):  # half precision would not invert
+            for level in self.levels:
+                details, low, log_det = level(x, log_det_jac)
+                features.append(details)
+                log_dets.append(log_det)
+                x = low if self.config.variant == "pyramid" else torch.cat((low, details), dim=1)
         height, width = image.shape[-2:]
         return Latent(features, low, (height, width), torch.stack(log_dets, dim=1) if log_det_jac else None)
 
@@ -321,12 +322,13 @@ class HighFrequencyINN(
         """Map a `Latent` back to the image (B, 3, H, W); for a packet only the last level's features count."""
         low = latent.low_pass
         details = latent.features[-1]
-        for depth in reversed(range(len(self.levels))):
-            level = self.levels[depth]
-            assert isinstance(level, Level)
-            x = level.inverse(details, low)
-            low = x[:, :3]
-            details = latent.features[depth - 1] if self.config.variant == "pyramid" else x[:, 3:]
+        with torch.autocast(low.device.type, enabled=False):
+            for depth in reversed(range(len(self.levels))):
+                level = self.levels[depth]
+                assert isinstance(level, Level)
+                x = level.inverse(details, low)
+                low = x[:, :3]
+                details = latent.features[depth - 1] if self.config.variant == "pyramid" else x[:, 3:]
         height, width = latent.size
         return low[..., :height, :width]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from functools import partial
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, overload
 
@@ -198,6 +199,8 @@ class MGHFLoss(nn.Module):
 
 def _check_coefficients(coefficients: Mapping[str, float] | None) -> dict[str, float]:
     """Merge `coefficients` into the defaults and return those that are not 0, in the terms' order."""
+    if coefficients is not None and not isinstance(coefficients, Mapping):
+        raise TypeError(f"coefficients must be a mapping from term to factor, got {coefficients!r}")
     given = dict(coefficients or {})
     unknown = sorted(map(str, given.keys() - DEFAULT_COEFFICIENTS.keys()))
     if unknown:
@@ -206,7 +209,7 @@ def _check_coefficients(coefficients: Mapping[str, float] | None) -> dict[str, f
         )
     merged = {**DEFAULT_COEFFICIENTS, **given}
     for name, value in merged.items():
-        if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+        if not isinstance(value, Real) or isinstance(value, bool) or not 0 <= value < math.inf:
             raise ValueError(f"coefficients[{name!r}] must be a finite number of at least 0, got {value!r}")
     if not any(merged.values()):
         raise ValueError("all coefficients are 0: there is nothing to compute")
@@ -216,6 +219,8 @@ def _check_coefficients(coefficients: Mapping[str, float] | None) -> dict[str, f
 def _frozen_inn(inn: str | Path | HighFrequencyINN) -> Frozen[HighFrequencyINN]:
     from .inn import HighFrequencyINN  # FrEIA brings scipy: not before a loss is built
 
+    if not isinstance(inn, (str, Path, HighFrequencyINN)):
+        raise TypeError(f"inn must be a checkpoint's name or path, or a HighFrequencyINN, got {inn!r}")
     return Frozen(inn if isinstance(inn, HighFrequencyINN) else HighFrequencyINN.from_pretrained(inn))
 
 
@@ -230,10 +235,9 @@ def _pair_features(
         levels = network.features(images.rescale(image.to(dtype), input_range, (-1.0, 1.0)))
         return [level.to(torch.promote_types(dtype, torch.float32)) for level in levels]
 
-    with torch.autocast(sr.device.type, enabled=False):
-        with torch.no_grad():
-            gt_features = features(gt)
-        return features(sr), gt_features
+    with torch.no_grad():
+        gt_features = features(gt)
+    return features(sr), gt_features
 
 
 def _mean(per_level: list[Tensor]) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -71,17 +70,17 @@ def train_inn(config: TrainConfig, network_config: INNConfig, device: str = "cpu
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
     state = {"network": network, "average": average, "optimiser": optimiser, "schedule": schedule}
+    crops = RandomCrops(config.images, config.crop, config.steps * config.batch, config.seed)
     config.out.mkdir(parents=True, exist_ok=True)
     run = {
         **asdict(config),
         **asdict(network_config),
-        "images": str(config.images),
+        "images": str(config.images.resolve()),
         "out": "",
         "save_every": 0,
     }
     start = _restore(config.out / STATE_FILE, state, run)
 
-    crops = RandomCrops(config.images, config.crop, config.steps * config.batch, config.seed)
     progress = tqdm(range(start, config.steps), initial=start, total=config.steps, desc="train-inn", unit="step")
     for step, batch in zip(progress, _batches(crops, start * config.batch, config.batch), strict=True):
         noise = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
@@ -114,10 +113,9 @@ def _restore(path: Path, state: dict, run: dict) -> int:
     if not path.exists():
         return 0
     try:
-        saved = torch.load(path, weights_only=True)
+        saved = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a damaged archive raises
-        warnings.warn(f"cannot resume from {path} ({error}); starting anew", stacklevel=2)
-        return 0
+        raise ValueError(f"cannot resume from {path}: {error}; delete it to start anew") from error
     if saved["run"] != run:
         changed = sorted(key for key in run if saved["run"].get(key) != run[key])
         raise ValueError(
