@@ -140,6 +140,8 @@ def _download(repo: str, file: str, revision: str | None, hub_options: dict[str,
 
     try:
         return Path(hf_hub_download(repo, file, revision=revision, **hub_options))
+    except TypeError:  # an option that the client does not know
+        raise
     except Exception as error:  # the client library's errors have no common base over its versions
         message = download_failure(repo, file, revision, error, hub_options.get("cache_dir"))
         raise CheckpointError(f"there is no local file or folder {repo!r}, and {message}") from error

@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
         resumes = "; the same command resumes from the last checkpoint" if options.command == "train-inn" else ""
         print(f"\nmghf-loss: interrupted{resumes}", file=sys.stderr)
         return 130
-    except (checkpoints.CheckpointError, OSError, ValueError, TypeError) as error:
+    except (RuntimeError, OSError, ValueError, TypeError) as error:  # CheckpointError is a RuntimeError
         print(f"mghf-loss: error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -132,6 +132,8 @@ def _load_dino(name: str) -> nn.Module:
         return timm.create_model(
             name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=0, dynamic_img_size=True
         )
+    except TypeError as error:  # an architecture that knows no dynamic_img_size
+        raise ValueError(f"model must be a timm vision transformer, got {name!r}: {error}") from error
     except (safetensors.SafetensorError, RuntimeError) as error:
         raise CheckpointError(f"the weights of {name!r} are damaged or of another network: {error}") from error
     except Exception as error:  # the Hub client's errors have no common base over its versions

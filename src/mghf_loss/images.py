@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
@@ -55,8 +56,8 @@ def check_range(input_range: tuple[float, float]) -> tuple[float, float]:
         raise ValueError(
             f"input_range must be two numbers (black, white) such as (0, 1), got {input_range!r}"
         ) from None
-    if not low < high:
-        raise ValueError(f"input_range must be (black, white) with black < white, got {input_range!r}")
+    if not -math.inf < low < high < math.inf:
+        raise ValueError(f"input_range must be finite (black, white) with black < white, got {input_range!r}")
     return low, high
 
 
@@ -70,7 +71,8 @@ def rescale(image: Tensor, source: tuple[float, float], target: tuple[float, flo
 
 def pad_to_multiple(image: Tensor, multiple: int) -> Tensor:
     """Pad (B, C, H, W) by reflection at the bottom and right to H, W multiples of `multiple`."""
-    bottom, right = (-image.shape[-2]) % multiple, (-image.shape[-1]) % multiple
+    # Written without a negative dividend, which torch.compile cannot follow where sizes are symbolic.
+    bottom, right = ((multiple - size % multiple) % multiple for size in image.shape[-2:])
     return F.pad(image, (0, right, 0, bottom), mode="reflect") if bottom or right else image
 
 

@@ -31,11 +31,12 @@ DEFAULT_COEFFICIENTS: dict[str, float] = {
 
 
 class MGHFnLoss(nn.Module):
-    """MGHF-n: mean over levels of mean (F_sr - F_gt)^2, sr, gt (B, 3, H, W) -> scalar in [0, inf), 0 iff equal.
+    """MGHF-n: mean over levels of mean (F_sr - F_gt)^2, sr, gt (B, 3, H, W) -> scalar in [0, inf).
 
     F are the multi-granular detail features of a frozen invertible network. They are whitened: an error of 1
     is one standard deviation of what the coarse image leaves open, so texture masks errors and flat areas do
-    not.
+    not. The value is 0 iff the detail features are equal; the low-pass band below the coarsest level is not
+    compared, so keep a pixel loss beside it.
 
     Args:
         inn: `"bundled"`, `"org/name"` or `"org/name@revision"` on the Hub, a folder, a .safetensors file, or a
@@ -74,7 +75,8 @@ class MGHFLoss(nn.Module):
 
     The terms, each a mean over the network's levels, are `content` (MSE), `style` (Gram matrices),
     `correlation` (1 - Pearson's r) and `patch_nce` (modulated PatchNCE) of `mghf_loss.terms`, on features
-    multiplied with the entropy weights of the GT's channels; `dino_jsd` is `DinoJSDLoss`.
+    weighted by the entropy of the GT's channels; `dino_jsd` is `DinoJSDLoss`. The low-pass band below the
+    coarsest level is not compared, so keep a pixel loss beside it.
 
     Args:
         coefficients: factor of each term, updating the defaults; a term with 0 is neither computed nor its
@@ -111,7 +113,7 @@ class MGHFLoss(nn.Module):
         self.input_range = images.check_range(input_range)
         self.patches = terms.check_patches(patches)
         self.modulation: terms.Modulation = terms.check_modulation(modulation)
-        if not 0 <= prune < 1:
+        if not isinstance(prune, Real) or not 0 <= prune < 1:
             raise ValueError(f"prune must be a fraction in [0, 1), got {prune!r}")
         self.prune = prune
         self.reduction: terms.Reduction = terms.check_reduction(reduction)

@@ -1,7 +1,8 @@
 """The terms of the loss on one level of features: SR and GT tensors (B, C, H, W) -> a scalar.
 
 Every term takes `reduction`: `"mean"` (a 0-d tensor, the default), `"sum"`, or `"none"` for one value per
-image, (B,). `channel_weights` (B, C) multiply the features of both images. GT carries no gradient. All is computed
+image, (B,). `channel_weights` (B, C) multiply the features of both images (in `correlation`, they weight the mean
+over channels). GT carries no gradient. All is computed
 in float32 at least, whatever autocast says.
 """
 
@@ -92,7 +93,7 @@ def correlation(
     eps: float = 1e-4,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    """sum_c w_c (1 - r_c) / sum_c w_c, r_c Pearson's r of SR and GT over the places of channel c, in [0, 2].
+    """sum_c w_c (1 - r_c) / sum_c w_c, r_c Pearson's r of SR and GT over the places of channel c, in [0, 2] up to rounding.
 
     r = (cov + eps) / sqrt((var_sr + eps) (var_gt + eps)), so that equal or constant channels give 0 with
     finite gradients. Holds back texture that is not where the content has it.
@@ -126,7 +127,7 @@ def patch_nce(
     """mean over places i of -log(e^{s_ii/T} / (e^{s_ii/T} + sum_{j != i} w_ij e^{s_ij/T})), in nats, [0, inf).
 
     s_ij is the cosine of SR's weighted feature vector at place i and GT's at place j of the same image; w_ij
-    is 1 (`"plain"`) or (N - 1) Q P_ij with the optimal-transport plan P that prefers similar (`"hard"`) or
+    is Q (`"plain"`) or (N - 1) Q P_ij with the optimal-transport plan P that prefers similar (`"hard"`) or
     dissimilar (`"easy"`) negatives. No gradient flows through w; that of the released MoNCE code, which lets
     it flow, differs by 4-10 % at eps >= 0.5. See `mghf_loss.ops.patch_nce` for the formulas.
 

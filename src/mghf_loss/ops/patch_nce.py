@@ -219,10 +219,11 @@ def _exclude_diagonal(pairs: Tensor, rows: slice) -> Tensor:
 
 
 def _unit_vectors(vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """Unit vectors (B, C, N) and 1/norm (B, 1, N); both are 0 where the vector is."""
-    # Dividing by the largest entry first keeps squares of huge and tiny vectors in range.
+    """Unit vectors (B, C, N) and 1/norm (B, 1, N); both are 0 where the vector is (below 1e-12)."""
+    # Dividing by the largest entry first keeps squares of huge vectors in range. Vectors as small as rounding
+    # errors have no direction: they count as 0, and no gradient explodes.
     highest = vectors.abs().amax(1, keepdim=True)
-    inverse = torch.where(highest > torch.finfo(vectors.dtype).tiny, highest.reciprocal(), 0)
+    inverse = torch.where(highest > 1e-12, highest.reciprocal(), 0)
     scaled = vectors * inverse
     inverse_length = torch.where(inverse > 0, scaled.square().sum(1, keepdim=True).rsqrt(), 0)
     return scaled * inverse_length, inverse * inverse_length

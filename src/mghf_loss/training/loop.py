@@ -42,10 +42,19 @@ class TrainConfig:
     steps: int = 20_000
     batch: int = 16
     crop: int = 96
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     ema: float = 0.999
     seed: int = 0
     save_every: int = 500
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "crop", "save_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed must be in [0, 2^32), got {self.seed}")
 
 
 def train_inn(config: TrainConfig, network_config: INNConfig, device: str = "cpu") -> HighFrequencyINN:
@@ -116,6 +125,8 @@ def _restore(path: Path, state: dict, run: dict) -> int:
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a damaged archive raises
         raise ValueError(f"cannot resume from {path}: {error}; delete it to start anew") from error
+    if not isinstance(saved, dict) or set(saved) != {*state, "step", "run"}:
+        raise ValueError(f"cannot resume from {path}: it is no state of train-inn; choose another output folder")
     if saved["run"] != run:
         changed = sorted(key for key in run if saved["run"].get(key) != run[key])
         raise ValueError(
