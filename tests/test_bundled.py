@@ -103,6 +103,16 @@ def test_a_frozen_network_keeps_less_for_the_backward_pass(network):
     assert saved_bytes(frozen) < 0.6 * saved_bytes(network)
 
 
+def test_the_coarse_image_is_not_compared(network):
+    """As documented: with equal details and another low-pass band the loss is 0, the images differ."""
+    gt = photograph("astronaut")[..., 96:224, 160:288]
+    with torch.no_grad():
+        latent = network(gt * 2 - 1)
+        sr = (network.inverse(latent._replace(low_pass=latent.low_pass - 1)) + 1) / 2
+    assert (sr - gt).abs().mean() > 0.02
+    assert MGHFnLoss()(sr, gt) < 1e-8
+
+
 def test_more_blur_and_more_noise_cost_more():
     criterion = MGHFLoss(patches=64)
     gt = photograph("astronaut")[..., 96:224, 160:288]

@@ -109,6 +109,9 @@ def bad_commands(folder: Path) -> dict[str, tuple[list[str], str]]:
         "unwritable heat map": ([*pair, str(good), "--heatmap", str(folder / "no" / "x.png")], "no"),
         "no training images": (["train-inn", "--images", str(folder / "empty")], "no images"),
         "bad network": (["train-inn", "--images", str(folder), "--hidden", "0"], "hidden must be"),
+        "save never": (["train-inn", "--images", str(folder), "--save-every", "0"], "save_every must be at least 1"),
+        "negative crop": (["train-inn", "--images", str(folder), "--crop", "-8"], "crop must be at least 1, got -8"),
+        "negative rate": (["train-inn", "--images", str(folder), "--learning-rate", "-1"], "learning_rate must be"),
         "no steps": (["demo", "--steps", "0"], "--steps must be at least 1"),
         "info of nothing": (["info", "--inn", str(folder / "x.safetensors")], "unknown checkpoint"),
     }
@@ -124,6 +127,9 @@ BAD_COMMANDS = [
     "unwritable heat map",
     "no training images",
     "bad network",
+    "save never",
+    "negative crop",
+    "negative rate",
     "no steps",
     "info of nothing",
 ]

@@ -178,6 +178,18 @@ def test_compiled_without_graph_breaks_it_gives_the_eager_value(name, build):
     torch.testing.assert_close(got[1], expected[1], rtol=1e-4, atol=1e-7)
 
 
+def test_compiled_once_it_takes_images_of_any_size(build):
+    criterion = build("MGHFLoss")
+    torch._dynamo.reset()
+    compiled = torch.compile(criterion, fullgraph=True, backend="aot_eager")
+    for shape in ((2, 3, 32, 32), (2, 3, 40, 48), (1, 3, 37, 51), (3, 3, 24, 64)):
+        sr, gt = random_pair(*shape)
+        torch.manual_seed(3)
+        expected = criterion(sr, gt)
+        torch.manual_seed(3)
+        torch.testing.assert_close(compiled(sr, gt), expected)
+
+
 @pytest.mark.filterwarnings("ignore")  # Inductor warns of this and that on machines without a GPU
 def test_compiled_with_inductor_it_gives_the_eager_value(build):
     criterion = build("MGHFLoss")

@@ -192,6 +192,9 @@ def test_edge_cases_are_finite(modulation):
     _, gradient = check(zero, torch.randn(1, 4, 10))
     assert (gradient == 0).all()
 
+    for scale in (1e-10, 1e-20, 1e-38):
+        check(torch.randn(1, 4, 10) * scale, torch.randn(1, 4, 10))
+
     huge = torch.randn(1, 4, 10) * 1e30
     torch.testing.assert_close(check(huge, huge)[0], check(huge / 1e30, huge)[0])
 

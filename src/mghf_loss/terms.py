@@ -93,7 +93,7 @@ def correlation(
     eps: float = 1e-4,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    """sum_c w_c (1 - r_c) / sum_c w_c, r_c Pearson's r of SR and GT over the places of channel c, in [0, 2] up to rounding.
+    """sum_c w_c (1 - r_c) / sum_c w_c, r_c Pearson's r of SR and GT over the places of c, in [0, 2] up to rounding.
 
     r = (cov + eps) / sqrt((var_sr + eps) (var_gt + eps)), so that equal or constant channels give 0 with
     finite gradients. Holds back texture that is not where the content has it.
