@@ -2,8 +2,7 @@
 
 Every term takes `reduction`: `"mean"` (a 0-d tensor, the default), `"sum"`, or `"none"` for one value per
 image, (B,). `channel_weights` (B, C) multiply the features of both images (in `correlation`, they weight the mean
-over channels). GT carries no gradient. All is computed
-in float32 at least, whatever autocast says.
+over channels). GT carries no gradient. All is computed in float32 at least, whatever autocast says.
 """
 
 from __future__ import annotations

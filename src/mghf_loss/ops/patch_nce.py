@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -165,22 +166,23 @@ def transport_potentials(
     blocks = list(_row_blocks(batch, places))
     # |q.k| <= 1 bounds the potentials; while e^{4 |sharpness|} is far from overflow, one kernel that fits in a
     # block serves all iterations as a matrix, and an iteration is two matrix-vector products.
-    kernel = None
     if len(blocks) == 1 and abs(sharpness) <= 16:
         pairs = _exclude_diagonal(torch.bmm(query.transpose(1, 2), key) * sharpness, blocks[0])
         kernel = pairs.sub_(abs(sharpness)).exp_()
+
+        def log_row_sums(potential: Tensor) -> Tensor:
+            return _log_product(kernel, potential) + abs(sharpness)
+
+        def log_column_sums(potential: Tensor) -> Tensor:
+            return _log_product(kernel.transpose(1, 2), potential) + abs(sharpness)
+    else:
+        log_row_sums = partial(_log_row_sums, query, key, sharpness)
+        log_column_sums = partial(_log_row_sums, key, query, sharpness)
     for _ in range(iterations):
-        if kernel is None:
-            update = -_log_row_sums(query, key, sharpness, g)
-            error = (update - f).abs().amax()
-            f = update
-            g = -_log_row_sums(key, query, sharpness, f)
-        else:
-            update = -_log_product(kernel, g) - abs(sharpness)
-            error = (update - f).abs().amax()
-            f = update
-            g = -_log_product(kernel.transpose(1, 2), f) - abs(sharpness)
-        if error.device.type == "cpu" and error < tolerance:
+        update = -log_row_sums(g)
+        converged = update.device.type == "cpu" and (update - f).abs().amax() < tolerance
+        f, g = update, -log_column_sums(update)
+        if converged:
             break
     return f, g
 

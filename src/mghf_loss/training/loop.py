@@ -107,8 +107,9 @@ def train_inn(config: TrainConfig, network_config: INNConfig, device: str = "cpu
                 "step": step + 1,
                 "run": run,
             }
-            checkpoints.write_atomically(config.out / STATE_FILE, lambda path, s=snapshot: torch.save(s, path))
+            # The network first: a kill in between repeats some steps, and no state is ahead of its network.
             averaged.save_pretrained(config.out)
+            checkpoints.write_atomically(config.out / STATE_FILE, lambda path, s=snapshot: torch.save(s, path))
     return averaged.eval()
 
 
