@@ -43,9 +43,9 @@ from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 from mghf_loss import DinoJSDLoss, MGHFLoss, MGHFnLoss
-from mghf_loss.demo import write_table
 from mghf_loss.frozen import Frozen
 from mghf_loss.mghf import DEFAULT_COEFFICIENTS
+from mghf_loss.tables import write_table
 
 OURS = "mghf-loss"
 MIB = 2**20

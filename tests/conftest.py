@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from mghf_loss import HighFrequencyINN, INNConfig
 
@@ -48,3 +52,15 @@ def tiny_dino() -> torch.nn.Module:
         if name.endswith("gamma"):  # layer scales start at 1e-5: an untrained class token would not see the image
             torch.nn.init.ones_(parameter)
     return network.eval()
+
+
+@pytest.fixture
+def image_folder(tmp_path) -> Path:
+    """Three smooth random images, so that details are predictable to a degree."""
+    rng = np.random.default_rng(0)
+    images = tmp_path / "images" / "nested"
+    images.mkdir(parents=True)
+    for index in range(3):
+        coarse = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8))
+        coarse.resize((64, 48), Image.Resampling.BICUBIC).save(images / f"{index}.png")
+    return tmp_path / "images"

@@ -21,6 +21,7 @@ FLOORS = {
     "images": 0,
     "frozen": 0,
     "ops.patch_nce": 0,
+    "tables": 1,
     "ops": 1,
     "channel_weights": 1,
     "terms": 2,
@@ -29,11 +30,13 @@ FLOORS = {
     "mghf": 4,
     "": 5,
     "training": 5,
-    "training.data": 5,
+    "training.dead_leaves": 5,
+    "training.data": 6,
     "training.objective": 5,
-    "training.loop": 6,
+    "training.loop": 7,
+    "training.evaluation": 7,
     "demo": 6,
-    "cli": 7,
+    "cli": 8,
 }
 
 

@@ -1,4 +1,4 @@
-"""`mghf-loss`: compare, info, demo, train-inn."""
+"""`mghf-loss`: compare, info, demo, train-inn, eval-inn."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import platform
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -69,15 +70,31 @@ def _parser() -> argparse.ArgumentParser:
     demo.set_defaults(run=_demo)
 
     train = commands.add_parser(
-        "train-inn", help="train an invertible network on your images", formatter_class=formatter
+        "train-inn",
+        help="train an invertible network on your images",
+        description="Train an invertible network on your images. On several GPUs or nodes: "
+        "accelerate launch $(which mghf-loss) train-inn ...",
+        formatter_class=formatter,
     )
-    train.add_argument("--images", type=Path, required=True, help="folder of images, searched recursively")
-    train.add_argument("--out", type=Path, default=Path("runs/inn"), help="folder for network and resume state")
+    data = train.add_mutually_exclusive_group(required=True)
+    data.add_argument("--images", type=Path, help="folder of images, searched recursively")
+    data.add_argument("--dataset", help="name or path for datasets.load_dataset, for instance imagenet-1k")
+    train.add_argument("--split", default="train", help="of the data set")
+    train.add_argument("--streaming", action="store_true", help="read the data set as it comes, download nothing first")
+    train.add_argument("--validation", type=Path, help="folder of images for the held-out code length")
+    train.add_argument("--held-out", type=int, default=0, help="training images set aside for it where there is none")
+    train.add_argument("--out", type=Path, default=Path("runs/inn"), help="folder for network, state, pictures, logs")
     train.add_argument("--steps", type=int, default=20_000, help="optimiser steps, fixed for a run and its resumptions")
-    train.add_argument("--batch", type=int, default=16, help="crops per step")
+    train.add_argument("--batch", type=int, default=16, help="crops per step, over all processes")
     train.add_argument("--crop", type=int, default=96, help="side of a crop in pixels")
+    train.add_argument("--least-scale", type=float, default=0.5, help="images are reduced by a factor from here to 1")
+    train.add_argument("--dead-leaves", type=float, default=0.0, help="fraction of synthetic dead-leaves crops")
     train.add_argument("--learning-rate", type=float, default=2e-3, help="peak of the cosine schedule")
-    train.add_argument("--save-every", type=int, default=500, help="steps between checkpoints")
+    train.add_argument("--ema", type=float, default=0.999, help="decay of the averaged parameters")
+    train.add_argument("--precision", choices=("no", "bf16"), help="of the conditioning convolutions while training")
+    train.add_argument("--save-every", type=int, default=500, help="steps between checkpoints and evaluations")
+    train.add_argument("--threads", type=int, default=2, help="decoding images, per process")
+    train.add_argument("--tensorboard", action="store_true", help="write TensorBoard logs to OUT/logs")
     train.add_argument("--seed", type=int, default=0, help="of initialisation, crops and noise")
     train.add_argument("--variant", default="pyramid", choices=("pyramid", "packet"), help="what a level decomposes")
     train.add_argument("--levels", type=int, default=3, help="Haar levels")
@@ -86,8 +103,19 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--clamp", type=float, default=2.0, help="bound of the log-scales")
     train.add_argument("--mixing", default="learned", choices=("learned", "fixed"), help="channel mixing")
     train.add_argument("--noise-floor", type=float, default=6.0, help="noise on the training images, in 1/255")
-    train.add_argument("--device", type=_device, default=device, help="cpu, cuda or cuda:N")
+    train.add_argument("--cpu", action="store_true", help="stay off the GPU")
     train.set_defaults(run=_train_inn)
+
+    evaluate = commands.add_parser(
+        "eval-inn", help="measure an invertible network on photographs", formatter_class=formatter
+    )
+    evaluate.add_argument("images", type=Path, help="folder of images, searched recursively")
+    evaluate.add_argument("--inn", default="bundled", help="checkpoint of the invertible network")
+    evaluate.add_argument("--noise", type=float, nargs="+", help="in 1/255 [the network's noise floor, and 0]")
+    evaluate.add_argument("--out", type=Path, default=Path("inn-evaluation"), help="folder for tables and figures")
+    evaluate.add_argument("--features-of", type=Path, metavar="IMAGE", help="drawn in features.png [the first]")
+    evaluate.add_argument("--device", type=_device, default=device, help="cpu, cuda or cuda:N")
+    evaluate.set_defaults(run=_eval_inn)
     return parser
 
 
@@ -163,7 +191,8 @@ def _info(options: argparse.Namespace) -> None:
 
 
 def _demo(options: argparse.Namespace) -> None:
-    from .demo import format_table, run_demo
+    from .demo import run_demo
+    from .tables import format_table
 
     if options.steps < 1:
         raise ValueError(f"--steps must be at least 1, got {options.steps}")
@@ -174,27 +203,33 @@ def _demo(options: argparse.Namespace) -> None:
 
 
 def _train_inn(options: argparse.Namespace) -> None:
+    from dataclasses import fields
+
     from .inn import INNConfig
     from .training.loop import TrainConfig, train_inn
 
-    network = INNConfig(
-        options.variant,
-        options.levels,
-        options.couplings,
-        options.hidden,
-        options.clamp,
-        options.mixing,
-        options.noise_floor,
-    )
-    training = TrainConfig(
-        options.images,
-        options.out,
-        steps=options.steps,
-        batch=options.batch,
-        crop=options.crop,
-        learning_rate=options.learning_rate,
-        seed=options.seed,
-        save_every=options.save_every,
-    )
-    train_inn(training, network, options.device)
+    def chosen(config: type) -> dict[str, Any]:  # the options are named like the fields
+        return {field.name: getattr(options, field.name) for field in fields(config)}
+
+    train_inn(TrainConfig(**chosen(TrainConfig)), INNConfig(**chosen(INNConfig)), options.cpu)
     print(f"wrote {options.out}; use it with MGHFLoss(inn={str(options.out)!r})")
+
+
+def _eval_inn(options: argparse.Namespace) -> None:
+    from .tables import format_table
+    from .training.evaluation import eval_inn
+
+    if min(options.noise or [0.0]) < 0:
+        raise ValueError(f"--noise must be at least 0, got {options.noise}")
+    result = eval_inn(
+        options.inn, options.images, options.out, options.noise or (), options.device, options.features_of
+    )
+    print(f"\n{result.photographs} photographs, {options.inn}, {options.device}")
+    print(f"largest error of the inverse: {result.inverse_error:.2g}\n")
+    for title, table in (
+        ("code length of the same 8-bit pixels", result.coders),
+        ("features, with noise of the network's floor", result.levels),
+        ("feature MSE over that of white noise, at the pixel MSE of a one-pixel shift", result.responses),
+    ):
+        print(f"{title}\n{format_table(table)}\n")
+    print(f"wrote {options.out}: coders.csv, levels.csv, responses.csv, evaluation.png, features.png")

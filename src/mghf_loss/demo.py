@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,6 +15,7 @@ from tqdm import tqdm
 
 from .checkpoints import write_atomically
 from .mghf import MGHFLoss
+from .tables import write_table
 
 SCALE = 4
 # Factor of MGHFLoss beside L1.
@@ -104,20 +103,6 @@ def run_demo(out: Path, steps: int, seed: int, device: str) -> list[dict[str, ob
     return table
 
 
-def format_table(table: list[dict[str, object]]) -> str:
-    """Align the rows in columns."""
-    rows = [[f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()] for row in table]
-    rows.insert(0, list(table[0]))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    )
-
-
 def _train(
     name: str,
     criterion: MGHFLoss | None,
@@ -186,18 +171,6 @@ def _judge(name: str, srs: list[Tensor], gts: list[Tensor], judge: MGHFLoss) -> 
     psnr = [peak_signal_noise_ratio(gt, sr, data_range=1) for sr, gt in pairs]
     ssim = [structural_similarity(gt, sr, data_range=1, channel_axis=2) for sr, gt in pairs]
     return {"loss": name, "PSNR": float(np.mean(psnr)), "SSIM": float(np.mean(ssim)), **_terms(srs, gts, judge)}
-
-
-def write_table(path: Path, table: Sequence[Mapping[str, object]]) -> None:
-    """Write rows of one set of columns as CSV, whole or not at all."""
-
-    def write(temporary: Path) -> None:
-        with temporary.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(table[0]))
-            writer.writeheader()
-            writer.writerows(table)
-
-    write_atomically(path, write)
 
 
 def _plot_crops(path: Path, images: dict[str, list[Tensor]], gts: list[Tensor]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 import torch.nn.functional as F
@@ -76,16 +77,16 @@ def pad_to_multiple(image: Tensor, multiple: int) -> Tensor:
     return F.pad(image, (0, right, 0, bottom), mode="reflect") if bottom or right else image
 
 
-def read_image(path: str | Path) -> Tensor:
-    """Read an image file as (1, 3, H, W) RGB in [0, 1]; grey is repeated, transparency laid on white.
+def read_pixels(source: str | Path | BinaryIO, name: str | None = None) -> Tensor:
+    """Read an image file as (3, H, W) RGB, uint8; grey is repeated, transparency laid on white.
 
-    Needs Pillow. Raises `OSError` where the file is missing, damaged or no image.
+    Needs Pillow. Raises `OSError`, with `name` or else the path, where it is missing, damaged or no image.
     """
     import numpy as np
     from PIL import Image
 
     try:
-        with Image.open(path) as image:
+        with Image.open(source) as image:
             if image.mode.startswith(("I", "F")):
                 raise OSError(f"{image.mode} pixels are not supported, expected 8 bits a channel")
             if image.has_transparency_data:
@@ -93,5 +94,10 @@ def read_image(path: str | Path) -> Tensor:
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             pixels = np.asarray(image.convert("RGB"))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise OSError(f"cannot read image {path}: {error}") from error
-    return torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float() / 255
+        raise OSError(f"cannot read image {name or source}: {error}") from error
+    return torch.from_numpy(pixels.copy()).permute(2, 0, 1)
+
+
+def read_image(path: str | Path) -> Tensor:
+    """Read an image file as (1, 3, H, W) RGB in [0, 1]; see `read_pixels`."""
+    return read_pixels(path)[None].float() / 255

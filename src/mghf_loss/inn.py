@@ -83,6 +83,10 @@ class Bottleneck(nn.Sequential):
     Starts as the zero function, so that a new coupling is the identity.
     """
 
+    # Of the convolutions in training mode, bfloat16 for instance; None is that of the input. A coupling is a
+    # bijection whatever computes its scale and shift, and its determinant follows from the scale as computed.
+    training_dtype: torch.dtype | None = None
+
     def __init__(self, in_channels: int, hidden: int, out_channels: int) -> None:
         super().__init__(
             nn.Conv2d(in_channels, hidden, 1),
@@ -103,6 +107,9 @@ class Bottleneck(nn.Sequential):
         parameters = tuple(self.parameters())
         if padded.requires_grad and not any(parameter.requires_grad for parameter in parameters):
             return _FrozenBottleneck.apply(padded, *parameters)  # type: ignore[return-value]
+        if self.training and self.training_dtype is not None:
+            with torch.autocast(padded.device.type, self.training_dtype):
+                return super().forward(padded).to(input.dtype)
         return super().forward(padded)
 
 

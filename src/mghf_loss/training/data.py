@@ -1,17 +1,221 @@
-"""Random crops of a folder of images."""
+"""Random crops of photographs, from a folder, a data set or a stream; every crop a function of (seed, slot).
+
+A training run of S steps with a batch of B consumes the slots 0 ... S * B - 1, whatever the number of processes. So
+a resumed run sees what an undisturbed one would have seen, and two processes see together what one would have.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import io
 import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import Dataset
 
-from ..images import read_image
+from ..images import read_pixels
+from .dead_leaves import dead_leaves
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
+SHUFFLE_BUFFER = 1000  # undecoded examples of a stream
+CACHE_BYTES = 2**31  # of decoded images
+TRIES = 100  # damaged images in a row before a run gives up
+
+
+@dataclass(frozen=True)
+class Cropping:
+    """How a crop is cut: `size` pixels a side, at a random scale, flipped at random.
+
+    Args:
+        size: side of a crop in pixels.
+        least_scale: images are first reduced by a factor from [least_scale, 1], log-uniform, so that the 8 x 8
+            blocks and the ringing of compressed photographs do not become the statistics.
+        dead_leaves: fraction of crops that are synthetic dead-leaves images.
+        seed: of everything random.
+    """
+
+    size: int
+    least_scale: float = 0.5
+    dead_leaves: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.least_scale <= 1:
+            raise ValueError(f"least_scale must be in (0, 1], got {self.least_scale}")
+        if not 0 <= self.dead_leaves <= 1:
+            raise ValueError(f"dead_leaves must be a fraction in [0, 1], got {self.dead_leaves}")
+
+    def generator(self, slot: int) -> torch.Generator:
+        """The source of all that is random in a slot."""
+        return torch.Generator().manual_seed(self.seed * 1_000_003 + slot)
+
+    def is_synthetic(self, generator: torch.Generator) -> bool:
+        """Draw whether this slot holds dead leaves."""
+        return bool(torch.rand((), generator=generator) < self.dead_leaves)
+
+    def cut(self, pixels: Tensor, generator: torch.Generator) -> Tensor:
+        """Cut (3, size, size) in [-1, 1] with 8-bit values from (3, H, W) uint8 with H, W >= size."""
+        sides = pixels.shape[-2:]
+        scale = self.least_scale ** float(torch.rand((), generator=generator))
+        region = min(round(self.size / scale), min(sides))
+        top, left = (int(torch.randint(side - region + 1, (), generator=generator)) for side in sides)
+        patch = pixels[:, top : top + region, left : left + region].float()
+        if region != self.size:
+            patch = F.interpolate(patch[None], (self.size, self.size), mode="bicubic", antialias=True)[0]
+            patch = patch.round().clamp(0, 255)  # training counts on 8-bit values
+        patch = patch / 127.5 - 1
+        return patch.flip(-1) if torch.rand((), generator=generator) < 0.5 else patch
+
+
+class Source(Protocol):
+    """Where crops come from. `damaged` are the names of the images that could not be used, so far."""
+
+    damaged: set[str]
+
+    def jobs(self, slots: Iterable[int], rank: int, processes: int, skip: int) -> Iterator[Callable[[], Tensor]]:
+        """Yield a function that makes the crop, for each of this process's slots; `skip` came before them."""
+        ...
+
+
+class ImageFile:
+    """One file as a training image: `read` decodes it, `name` and `area` (in pixels) are known before."""
+
+    def __init__(self, path: Path) -> None:
+        from PIL import Image
+
+        self.name = str(path)
+        try:
+            with Image.open(path) as image:  # the header only
+                self.size = image.size
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise OSError(f"cannot read image {path}: {error}") from error
+
+    def read(self) -> Tensor:
+        """Decode as (3, H, W), uint8."""
+        return read_pixels(self.name)
+
+
+class FolderCrops:
+    """Crops of image files; every pixel position is equally likely, as images are drawn in proportion to area.
+
+    Unreadable files and images smaller than a crop are skipped with a warning that names them: those whose
+    header tells at construction, the others when they are drawn, and another image is drawn instead.
+    """
+
+    def __init__(self, paths: Iterable[Path], cropping: Cropping, cache_bytes: int = CACHE_BYTES) -> None:
+        self.cropping, self.cache_bytes = cropping, cache_bytes
+        self.cache: dict[int, Tensor] = {}
+        self.damaged: set[str] = set()
+        self.files: list[ImageFile] = []
+        for path in paths:
+            try:
+                file = ImageFile(path)
+            except OSError as error:
+                _skip(self.damaged, str(path), error)
+                continue
+            if min(file.size) < cropping.size:
+                _skip(self.damaged, file.name, _too_small(file.size, cropping.size))
+                continue
+            self.files.append(file)
+        if not self.files:
+            raise ValueError(f"no training image is readable and at least {cropping.size} x {cropping.size}")
+        areas = torch.tensor([float(width * height) for width, height in (file.size for file in self.files)])
+        self.ends = areas.double().cumsum(0)
+
+    def jobs(self, slots: Iterable[int], rank: int, processes: int, skip: int) -> Iterator[Callable[[], Tensor]]:
+        """See `Source`."""
+        return (partial(self.crop, slot) for slot in slots)
+
+    def crop(self, slot: int) -> Tensor:
+        """Make the crop of a slot."""
+        generator = self.cropping.generator(slot)
+        if self.cropping.is_synthetic(generator):
+            return dead_leaves(self.cropping.size, generator)
+        for _ in range(TRIES):
+            position = torch.rand((), generator=generator, dtype=torch.double) * self.ends[-1]
+            pixels = self._read(min(int(torch.searchsorted(self.ends, position)), len(self.files) - 1))
+            if pixels is not None:
+                return self.cropping.cut(pixels, generator)
+        raise ValueError(f"{TRIES} images drawn in a row could not be read, the last: {sorted(self.damaged)[-1]}")
+
+    def _read(self, index: int) -> Tensor | None:
+        file = self.files[index]
+        if index in self.cache or file.name in self.damaged:
+            return self.cache.get(index)
+        try:
+            pixels = file.read()
+        except OSError as error:
+            _skip(self.damaged, file.name, error)
+            return None
+        # Decoding dominates a step on a CPU; decoded images are kept as far as they fit.
+        if self.cache_bytes >= pixels.numel():
+            self.cache[index] = pixels
+            self.cache_bytes -= pixels.numel()
+        return pixels
+
+
+class StreamedCrops:
+    """One crop of each image of a stream, shuffled in a buffer, epoch after epoch.
+
+    The n-th image of a process is the n-th of its share of the stream: resuming passes over those consumed
+    without decoding them. Where an image is damaged or smaller than a crop, dead leaves take its slot.
+
+    Args:
+        stream: `datasets.IterableDataset` whose image column is not decoded.
+        column: name of that column.
+        cropping: how crops are cut.
+        held_out: keys of examples (see `example_key`) that are not to be trained on.
+    """
+
+    def __init__(self, stream: Any, column: str, cropping: Cropping, held_out: frozenset[str] = frozenset()) -> None:
+        self.stream, self.column, self.cropping, self.held_out = stream, column, cropping, held_out
+        self.damaged: set[str] = set()
+
+    def jobs(self, slots: Iterable[int], rank: int, processes: int, skip: int) -> Iterator[Callable[[], Tensor]]:
+        """See `Source`."""
+        examples = islice(self._examples(rank, processes), skip, None)
+        return (partial(self.crop, slot, example) for slot, example in zip(slots, examples, strict=False))
+
+    def crop(self, slot: int, example: dict[str, Any]) -> Tensor:
+        """Make the crop of a slot from an undecoded example."""
+        generator = self.cropping.generator(slot)
+        if self.cropping.is_synthetic(generator):
+            return dead_leaves(self.cropping.size, generator)
+        name = example.get("path") or f"image of slot {slot}"
+        try:
+            pixels = read_example(example, name)
+            if min(pixels.shape[-2:]) < self.cropping.size:
+                raise OSError(_too_small((pixels.shape[-1], pixels.shape[-2]), self.cropping.size))
+        except OSError as error:
+            _skip(self.damaged, name, error)
+            return dead_leaves(self.cropping.size, generator)
+        return self.cropping.cut(pixels, generator)
+
+    def _examples(self, rank: int, processes: int) -> Iterator[dict[str, Any]]:
+        from datasets.distributed import split_dataset_by_node
+
+        stream = self.stream.shuffle(seed=self.cropping.seed, buffer_size=SHUFFLE_BUFFER)
+        stream = split_dataset_by_node(stream, rank=rank, world_size=processes)
+        epoch = found = 0
+        while True:
+            stream.set_epoch(epoch)
+            before = found
+            for example in stream:
+                if example_key(example[self.column]) not in self.held_out:
+                    found += 1
+                    yield example[self.column]
+            if found == before:
+                raise ValueError("the stream holds no image to train on (those held out for validation do not count)")
+            epoch += 1
 
 
 def list_images(folder: str | Path) -> list[Path]:
@@ -23,52 +227,101 @@ def list_images(folder: str | Path) -> list[Path]:
     return paths
 
 
-class RandomCrops(Dataset[Tensor]):
-    """Item i is a random (3, crop, crop) crop in [-1, 1], a function of (seed, i) alone.
+def open_folder(folder: Path, cropping: Cropping, held_out: int) -> tuple[FolderCrops, list[Tensor]]:
+    """Return crops of the images below `folder` and `held_out` of the images, evenly spaced, for validation."""
+    paths = list_images(folder)
+    if held_out and held_out >= len(paths):
+        raise ValueError(f"cannot hold out {held_out} of {len(paths)} images below {folder}")
+    chosen = {i * len(paths) // held_out for i in range(held_out)}
+    training = [path for i, path in enumerate(paths) if i not in chosen]
+    return FolderCrops(training, cropping), read_all(path for i, path in enumerate(paths) if i in chosen)
 
-    So a resumed run sees what an undisturbed one would have seen. Every pixel position is equally likely:
-    images are drawn in proportion to their area. Each crop is flipped at random. Unreadable files and images
-    smaller than the crop are left out with a warning that names them.
+
+def open_dataset(
+    name: str, split: str, streaming: bool, cropping: Cropping, held_out: int
+) -> tuple[StreamedCrops, list[Tensor]]:
+    """Return crops of a data set of the `datasets` library, and its first `held_out` images for validation.
+
+    Without `streaming` the data set is downloaded first, then read like a stream.
     """
+    import datasets
 
-    def __init__(self, folder: str | Path, crop: int, length: int, seed: int = 0, cache_bytes: int = 2**31) -> None:
-        self.crop, self.length, self.seed = crop, length, seed
-        self.paths: list[Path] = []
-        self.cache: dict[int, Tensor] = {}
-        areas: list[int] = []
-        for path in list_images(folder):
-            try:
-                image = self._decode(path)
-            except OSError as error:
-                warnings.warn(f"left out unreadable image {path}: {error}", stacklevel=2)
-                continue
-            if min(image.shape[-2:]) < crop:
-                size = f"{image.shape[-1]} x {image.shape[-2]}"
-                warnings.warn(f"left out {path}: {size} is smaller than a crop of {crop}", stacklevel=2)
-                continue
-            # Decoding dominates a CPU step; decoded images are kept as far as they fit.
-            if cache_bytes >= image.numel():
-                self.cache[len(self.paths)] = image
-                cache_bytes -= image.numel()
-            self.paths.append(path)
-            areas.append(image.shape[-1] * image.shape[-2])
-        if not self.paths:
-            raise ValueError(f"no image below {folder} is readable and at least {crop} x {crop}")
-        self.areas = torch.tensor(areas, dtype=torch.double)
+    dataset = datasets.load_dataset(name, split=split, streaming=streaming)
+    if isinstance(dataset, datasets.Dataset):
+        dataset = dataset.to_iterable_dataset(num_shards=min(len(dataset), 64))
+    columns = [key for key, feature in (dataset.features or {}).items() if isinstance(feature, datasets.Image)]
+    if not columns:
+        raise ValueError(f"data set {name!r} has no image column; its columns are {sorted(dataset.features or {})}")
+    column = columns[0]
+    dataset = dataset.select_columns([column]).cast_column(column, datasets.Image(decode=False))
+    first = [example[column] for example in dataset.take(held_out)] if held_out else []
+    images = [read_example(example, str(example.get("path"))) for example in first]
+    return StreamedCrops(dataset, column, cropping, frozenset(map(example_key, first))), images
 
-    @staticmethod
-    def _decode(path: Path) -> Tensor:
-        return (read_image(path)[0] * 255).round().to(torch.uint8)
 
-    def __len__(self) -> int:
-        return self.length
+def read_example(example: dict[str, Any], name: str) -> Tensor:
+    """Decode an example `{"bytes": ..., "path": ...}` of a data set as (3, H, W), uint8."""
+    if example.get("bytes") is not None:
+        return read_pixels(io.BytesIO(example["bytes"]), name)
+    import fsspec  # remote paths, archives; the datasets library brings it
 
-    def __getitem__(self, index: int) -> Tensor:
-        if not 0 <= index < self.length:
-            raise IndexError(f"crop {index} of {self.length}")
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + index)
-        chosen = int(torch.multinomial(self.areas, 1, generator=generator))
-        image = self.cache[chosen] if chosen in self.cache else self._decode(self.paths[chosen])
-        top, left = (int(torch.randint(size - self.crop + 1, (), generator=generator)) for size in image.shape[-2:])
-        patch = image[:, top : top + self.crop, left : left + self.crop].float() / 127.5 - 1
-        return patch.flip(-1) if torch.rand((), generator=generator) < 0.5 else patch
+    with fsspec.open(example["path"], "rb") as file:
+        return read_pixels(file, name)  # type: ignore[arg-type]
+
+
+def example_key(example: dict[str, Any]) -> str:
+    """Tell examples apart: by a hash of their bytes, or by path where the bytes lie elsewhere."""
+    data = example.get("bytes")
+    return str(example.get("path")) if data is None else hashlib.sha1(data, usedforsecurity=False).hexdigest()
+
+
+def read_all(paths: Iterable[Path]) -> list[Tensor]:
+    """Decode the images that can be read, each (3, H, W), uint8; warn of the others."""
+    images = []
+    for path in paths:
+        try:
+            images.append(read_pixels(path))
+        except OSError as error:
+            _skip(set(), str(path), error)
+    return images
+
+
+def batches(
+    source: Source, start: int, steps: int, batch: int, rank: int = 0, processes: int = 1, threads: int = 1
+) -> Iterator[Tensor]:
+    """Yield this process's part (batch / processes, 3, size, size) of the batches of the steps start ... steps - 1.
+
+    Crops are made ahead by `threads` threads (decoders release the interpreter), in order.
+    """
+    local = batch // processes
+    slots = (step * batch + rank * local + i for step in range(start, steps) for i in range(local))
+    jobs = source.jobs(slots, rank, processes, start * local)
+    crops = _ahead(jobs, threads, 2 * local)
+    for _ in range(start, steps):
+        yield torch.stack(list(islice(crops, local)))
+
+
+def _ahead(jobs: Iterator[Callable[[], Tensor]], threads: int, count: int) -> Iterator[Tensor]:
+    """Yield the jobs' results in order while the next `count` are under way."""
+    if threads < 1:
+        yield from (job() for job in jobs)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            pending = deque(pool.submit(job) for job in islice(jobs, count))
+            while pending:
+                result = pending.popleft().result()
+                pending.extend(pool.submit(job) for job in islice(jobs, 1))
+                yield result
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _too_small(size: tuple[int, int], crop: int) -> str:
+    return f"{size[0]} x {size[1]} is smaller than a crop of {crop}"
+
+
+def _skip(damaged: set[str], name: str, reason: object) -> None:
+    if name not in damaged:
+        damaged.add(name)
+        warnings.warn(f"skipped image {name}: {reason}", stacklevel=3)

@@ -1,24 +1,34 @@
-"""The training run: Adam, cosine schedule, EMA, checkpoints written whole, resume."""
+"""The training run through Accelerate: Adam, cosine schedule, EMA, held-out code length, exact resume."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any, Literal, get_args
 
 import torch
-from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import DataLoader, Dataset, Subset
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from .. import checkpoints
-from ..inn import HighFrequencyINN, INNConfig
-from .data import RandomCrops
-from .objective import add_noise, objective
+from ..inn import Bottleneck, HighFrequencyINN, INNConfig
+from .data import Cropping, Source, batches, list_images, open_dataset, open_folder, read_all
+from .objective import add_noise, bits_per_detail, code_length
 
 STATE_FILE = "training-state.pt"
+SAMPLES_FILE = "samples.png"
+VALIDATION_SIDE = 256  # held-out images are cut to this, from the middle
+PICTURES = 4
+
+Precision = Literal["no", "bf16"]
+# What may differ between a run and its continuation: none of these changes the parameters.
+FREE = {"out", "save_every", "validation", "threads", "tensorboard"}
 
 
 @dataclass(frozen=True)
@@ -26,99 +36,241 @@ class TrainConfig:
     """One training run: everything that, with the images, determines its result.
 
     Args:
-        images: folder of training images, searched recursively.
-        out: folder for the network (EMA parameters) and the state to resume from.
+        images: folder of training images, searched recursively; or None, and `dataset`.
+        out: folder for the network (EMA parameters), the state to resume from, sample pictures and logs.
+        dataset: name or path for `datasets.load_dataset`, for instance `"imagenet-1k"`.
+        split: of the data set.
+        streaming: read the data set as it comes from the Hub instead of downloading it first.
+        validation: folder of images for the held-out code length.
+        held_out: images taken out of the training data for that where there is no `validation`.
         steps: optimiser steps.
-        batch: crops per step.
+        batch: crops per step, over all processes.
         crop: side of a crop in pixels, a multiple of 2^levels.
+        least_scale: images are reduced by a random factor from [least_scale, 1] before they are cropped.
+        dead_leaves: fraction of crops that are synthetic dead-leaves images.
         learning_rate: peak of the cosine schedule, after a linear warm-up of 200 steps at most.
-        ema: decay of the exponential moving average of the parameters.
+        ema: decay of the exponential moving average of the parameters, reached by (1 + n) / (10 + n) after n steps.
+        precision: `"bf16"` runs the convolutions that condition the map in bfloat16; the map itself and the
+            likelihood stay in float32. None takes what `accelerate launch` was told.
         seed: of initialisation, crops and noise.
-        save_every: steps between checkpoints.
+        save_every: steps between checkpoints, each with an evaluation on the held-out images.
+        threads: decoding images ahead of the step, per process.
+        tensorboard: write TensorBoard logs to `out/logs`.
     """
 
-    images: Path
+    images: Path | None
     out: Path
+    dataset: str | None = None
+    split: str = "train"
+    streaming: bool = False
+    validation: Path | None = None
+    held_out: int = 0
     steps: int = 20_000
     batch: int = 16
     crop: int = 96
+    least_scale: float = 0.5
+    dead_leaves: float = 0.0
     learning_rate: float = 2e-3
     ema: float = 0.999
+    precision: Precision | None = None
     seed: int = 0
     save_every: int = 500
+    threads: int = 2
+    tensorboard: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "crop", "save_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if (self.images is None) == (self.dataset is None):
+            raise ValueError(f"give either images or dataset, got images={self.images} and dataset={self.dataset}")
+        if self.streaming and self.dataset is None:
+            raise ValueError("streaming needs a dataset, got images")
+        for name, least in (
+            ("steps", 1), ("batch", 1), ("crop", 1), ("save_every", 1), ("held_out", 0), ("threads", 0),
+        ):  # fmt: skip
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
         if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema must be in [0, 1), got {self.ema}")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed must be in [0, 2^32), got {self.seed}")
+        if self.precision is not None and self.precision not in get_args(Precision):
+            raise ValueError(f"precision must be one of {get_args(Precision)}, got {self.precision!r}")
+
+    @property
+    def cropping(self) -> Cropping:
+        """How crops are cut."""
+        return Cropping(self.crop, self.least_scale, self.dead_leaves, self.seed)
 
 
-def train_inn(config: TrainConfig, network_config: INNConfig, device: str = "cpu") -> HighFrequencyINN:
+def train_inn(config: TrainConfig, network_config: INNConfig, cpu: bool = False) -> HighFrequencyINN:
     """Train by maximum likelihood and return the network with its averaged parameters, also saved in `config.out`.
 
-    A run that was stopped is continued where `config.out` holds its state; a state of another configuration
-    raises `ValueError`.
+    One process or many: under `accelerate launch` every process calls this, gradients are averaged and the main
+    process saves. A run that was stopped is continued where `config.out` holds its state; a state of another
+    configuration raises `ValueError`. `cpu` keeps a run off the GPU.
     """
     if config.crop % 2**network_config.levels:
         raise ValueError(f"crop must be a multiple of 2^levels = {2**network_config.levels}, got {config.crop}")
+    logs = {"log_with": "tensorboard", "project_dir": config.out} if config.tensorboard else {}
+    accelerator = Accelerator(cpu=cpu, mixed_precision=config.precision, **logs)
+    if accelerator.mixed_precision not in get_args(Precision):
+        raise ValueError(f"precision {accelerator.mixed_precision!r} is not supported: choose no or bf16")
+    if config.batch % accelerator.num_processes:
+        raise ValueError(f"batch {config.batch} cannot be split over {accelerator.num_processes} processes")
+    source, held_out = _open(config, 2**network_config.levels)
+
     torch.manual_seed(config.seed)
-    network = HighFrequencyINN(network_config).to(device)
-    average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
+    network = HighFrequencyINN(network_config).to(accelerator.device)
+    average = AveragedModel(network, avg_fn=_ema(config.ema))
     averaged: HighFrequencyINN = average.module  # type: ignore[assignment]
+    if accelerator.mixed_precision == "bf16":
+        for module in network.modules():
+            if isinstance(module, Bottleneck):
+                module.training_dtype = torch.bfloat16
     optimiser = torch.optim.Adam([p for p in network.parameters() if p.requires_grad], lr=config.learning_rate)
-    warm_up = min(200, config.steps // 10 + 1)
-
-    def factor(step: int) -> float:
-        if step < warm_up:
-            return (1 + (warm_up - 1) * step / warm_up) / warm_up
-        return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, config.steps - warm_up)))
-
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, _warm_up_and_cosine(config.steps))
     state = {"network": network, "average": average, "optimiser": optimiser, "schedule": schedule}
-    crops = RandomCrops(config.images, config.crop, config.steps * config.batch, config.seed)
-    config.out.mkdir(parents=True, exist_ok=True)
-    run = {
-        **asdict(config),
-        **asdict(network_config),
-        "images": str(config.images.resolve()),
-        "out": "",
-        "save_every": 0,
-    }
+    run = _identity(config) | asdict(network_config)
     start = _restore(config.out / STATE_FILE, state, run)
+    parallel, optimiser = accelerator.prepare(network, optimiser)
 
-    progress = tqdm(range(start, config.steps), initial=start, total=config.steps, desc="train-inn", unit="step")
-    for step, batch in zip(progress, _batches(crops, start * config.batch, config.batch), strict=True):
-        noise = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-        bits = objective(network, add_noise(batch, network_config.noise_floor, noise).to(device))
+    main = accelerator.is_main_process
+    if main:
+        config.out.mkdir(parents=True, exist_ok=True)
+    accelerator.wait_for_everyone()
+    if config.tensorboard:
+        accelerator.init_trackers("logs")
+    progress = tqdm(
+        range(start, config.steps),
+        initial=start,
+        total=config.steps,
+        desc="train-inn",
+        unit="step",
+        disable=not main,
+    )
+    rank, processes = accelerator.process_index, accelerator.num_processes
+    crops = batches(source, start, config.steps, config.batch, rank, processes, config.threads)
+    for step, batch in zip(progress, crops, strict=True):
+        first_slot = step * config.batch + rank * len(batch)
+        noisy = _add_noise(batch.to(accelerator.device), network_config.noise_floor, config.seed, first_slot)
+        bits = bits_per_detail(parallel(noisy), network_config.variant).mean()  # every level counts as much
         optimiser.zero_grad(set_to_none=True)
-        bits.backward()
-        nn.utils.clip_grad_norm_(network.parameters(), 1.0, error_if_nonfinite=True)
+        accelerator.backward(bits)
+        norm = nn.utils.clip_grad_norm_(network.parameters(), 1.0, error_if_nonfinite=True)
         optimiser.step()
         schedule.step()
         average.update_parameters(network)
         if step % 20 == 0:
-            progress.set_postfix(bits=f"{bits.item():.3f}")
+            progress.set_postfix(bits=f"{bits.item():.3f}", skipped=len(source.damaged))
+            values = {"train/bits": bits.item(), "train/gradient_norm": norm.item()}
+            accelerator.log({**values, "train/learning_rate": schedule.get_last_lr()[0]}, step=step)
         if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
-            snapshot = {name: part.state_dict() for name, part in state.items()} | {
-                "step": step + 1,
-                "run": run,
-            }
-            # The network first: a kill in between repeats some steps, and no state is ahead of its network.
-            averaged.save_pretrained(config.out)
-            checkpoints.write_atomically(config.out / STATE_FILE, lambda path, s=snapshot: torch.save(s, path))
+            if main:
+                snapshot = {name: part.state_dict() for name, part in state.items()}
+                # The network first: a kill in between repeats some steps, and no state is ahead of its network.
+                averaged.save_pretrained(config.out)
+                checkpoints.write_atomically(
+                    config.out / STATE_FILE,
+                    lambda path, s=snapshot, n=step + 1: torch.save({**s, "step": n, "run": run}, path),
+                )
+                if held_out:
+                    _evaluate(averaged, held_out, step + 1, config.out, accelerator)
+            accelerator.wait_for_everyone()
+    damaged = sorted(set(gather_object(sorted(source.damaged))))
+    if main and damaged:
+        print(f"{len(damaged)} images were skipped: {', '.join(damaged[:5])}{' ...' if len(damaged) > 5 else ''}")
+    accelerator.end_training()
     return averaged.eval()
 
 
-def _batches(crops: Dataset[torch.Tensor], start: int, size: int) -> Iterator[torch.Tensor]:
-    rest = Subset(crops, range(start, len(crops)))  # type: ignore[arg-type]
-    return iter(DataLoader(rest, batch_size=size))
+def _open(config: TrainConfig, stride: int) -> tuple[Source, list[Tensor]]:
+    """Return the source of crops and the held-out images, cut from the middle."""
+    held_out = 0 if config.validation else config.held_out
+    if config.images is not None:
+        source, images = open_folder(config.images, config.cropping, held_out)
+    else:
+        assert config.dataset is not None
+        source, images = open_dataset(config.dataset, config.split, config.streaming, config.cropping, held_out)
+    if config.validation is not None:
+        images = read_all(list_images(config.validation))
+    return source, [_middle(image, stride) for image in images if min(image.shape[-2:]) >= stride]
 
 
-def _restore(path: Path, state: dict, run: dict) -> int:
+def _middle(pixels: Tensor, stride: int) -> Tensor:
+    height, width = (min(side, VALIDATION_SIDE) // stride * stride for side in pixels.shape[-2:])
+    top, left = (pixels.shape[-2] - height) // 2, (pixels.shape[-1] - width) // 2
+    return pixels[:, top : top + height, left : left + width]
+
+
+def _ema(decay: float) -> Callable[[Tensor, Tensor, Tensor | int], Tensor]:
+    def average(mean: Tensor, value: Tensor, updates: Tensor | int) -> Tensor:
+        # A young average forgets faster, or it would remember the initialisation for thousands of steps.
+        return torch.lerp(mean, value, 1 - min(decay, (1 + int(updates)) / (10 + int(updates))))
+
+    return average
+
+
+def _warm_up_and_cosine(steps: int) -> Callable[[int], float]:
+    warm_up = min(200, steps // 10 + 1)
+
+    def factor(step: int) -> float:
+        if step < warm_up:
+            return (1 + (warm_up - 1) * step / warm_up) / warm_up
+        return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
+
+    return factor
+
+
+def _add_noise(batch: Tensor, noise_floor: float, seed: int, first_slot: int) -> Tensor:
+    """Add noise that is a function of (seed, slot), like the crops."""
+    generator = torch.Generator(batch.device)
+    return torch.stack(
+        [
+            # the crop of a slot has drawn from the seeds below 2^40
+            add_noise(image, noise_floor, generator.manual_seed(2**40 + seed * 1_000_003 + slot))
+            for slot, image in enumerate(batch, first_slot)
+        ]
+    )
+
+
+@torch.no_grad()
+def _evaluate(network: HighFrequencyINN, images: list[Tensor], step: int, out: Path, accelerator: Accelerator) -> None:
+    """Log the held-out code length, and pictures of details sampled given the coarse image."""
+    network.eval()
+    config, device = network.config, accelerator.device
+    totals, per_level, pictures = [], [], []
+    for index, pixels in enumerate(images):
+        generator = torch.Generator(device).manual_seed(index)
+        image = pixels.to(device)[None] / 127.5 - 1
+        latent = network(add_noise(image, config.noise_floor, generator))
+        totals.append(code_length(latent, config.variant))
+        per_level.append(bits_per_detail(latent, config.variant))
+        if index < PICTURES:
+            drawn = [torch.randn(f.shape, generator=generator, device=device) for f in latent.features]
+            sample = network.inverse(latent._replace(features=drawn))
+            pair = torch.cat((image, sample), dim=2)[0].clamp(-1, 1) / 2 + 0.5
+            pictures.append(F.pad(pair, (0, VALIDATION_SIDE - pair.shape[2], 0, 2 * VALIDATION_SIDE - pair.shape[1])))
+    total, levels = torch.cat(totals).mean().item(), torch.cat(per_level).mean(0).tolist()
+    tqdm.write(f"step {step}: held-out {total:.4f} bits per detail value ({', '.join(f'{b:.3f}' for b in levels)})")
+    accelerator.log(
+        {"held-out/bits": total} | {f"held-out/bits_level_{i}": bits for i, bits in enumerate(levels)}, step=step
+    )
+    sheet = (torch.cat(pictures, dim=2) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+    from PIL import Image
+
+    checkpoints.write_atomically(out / SAMPLES_FILE, Image.fromarray(sheet).save)
+    for tracker in accelerator.trackers:
+        tracker.log_images({"held-out and sampled details": sheet[None]}, step=step, dataformats="NHWC")  # type: ignore[attr-defined]
+
+
+def _identity(config: TrainConfig) -> dict[str, Any]:
+    """What makes two runs the same run, as plain values."""
+    values = {field.name: getattr(config, field.name) for field in fields(config) if field.name not in FREE}
+    return {**values, "images": config.images and str(config.images.resolve())}
+
+
+def _restore(path: Path, state: Mapping[str, Any], run: dict[str, Any]) -> int:
     """Load a saved state into the parts of `state`; return the step to go on from, 0 where there is none."""
     if not path.exists():
         return 0

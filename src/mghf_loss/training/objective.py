@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..inn import HighFrequencyINN, Latent
+from ..inn import Latent, Variant
 
 GREY_LEVEL = 2.0 / 255.0  # one 8-bit step of an image in [-1, 1]
 
@@ -18,12 +18,13 @@ def add_noise(image: Tensor, noise_floor: float, generator: torch.Generator | No
     `noise_floor` is in 1/255. The uniform part makes the density of the sum a bound on the probability of
     8-bit values (Theis et al., ICLR 2016), so that code lengths stay meaningful without a noise floor.
     """
-    gaussian = torch.randn(image.shape, generator=generator).to(image)
-    uniform = torch.rand(image.shape, generator=generator).to(image) - 0.5
+    device = image.device if generator is None else generator.device
+    gaussian = torch.randn(image.shape, generator=generator, device=device).to(image)
+    uniform = torch.rand(image.shape, generator=generator, device=device).to(image) - 0.5
     return image + GREY_LEVEL * (noise_floor * gaussian + uniform)
 
 
-def bits_per_detail(network: HighFrequencyINN, latent: Latent) -> Tensor:
+def bits_per_detail(latent: Latent, variant: Variant) -> Tensor:
     """Code length of the details of 8-bit images given their low-pass bands, in bits per detail value, (B, L).
 
     -log2 p(details | low-pass) = sum(z^2 / 2 + log(2 pi) / 2) / ln 2 - log2|det J| - log2(grey level)
@@ -33,7 +34,7 @@ def bits_per_detail(network: HighFrequencyINN, latent: Latent) -> Tensor:
     if latent.log_det_jac is None:
         raise ValueError("bits_per_detail needs a latent with log_det_jac, got None")
     log_det = latent.log_det_jac
-    if network.config.variant == "packet":
+    if variant == "packet":
         log_det = log_det.cumsum(1)
     squares = torch.stack([level.square().flatten(1).sum(1) for level in latent.features], dim=1)
     values = torch.tensor([level[0].numel() for level in latent.features], device=log_det.device)
@@ -41,6 +42,10 @@ def bits_per_detail(network: HighFrequencyINN, latent: Latent) -> Tensor:
     return nats / math.log(2) - math.log2(GREY_LEVEL)
 
 
-def objective(network: HighFrequencyINN, image: Tensor) -> Tensor:
-    """Mean over levels and images of `bits_per_detail`, which every level's features are thus trained for."""
-    return bits_per_detail(network, network(image)).mean()
+def code_length(latent: Latent, variant: Variant) -> Tensor:
+    """Bits per detail value of the whole network, over all levels, (B,)."""
+    bits = bits_per_detail(latent, variant)
+    if variant == "packet":
+        return bits[:, -1]
+    values = torch.tensor([level[0].numel() for level in latent.features]).to(bits)
+    return (bits * values).sum(1) / values.sum()

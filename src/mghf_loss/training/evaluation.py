@@ -1,0 +1,327 @@
+"""What a network is worth on photographs: code length, inverse error, features, response to distortions."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from ..checkpoints import write_atomically
+from ..images import read_image, read_pixels
+from ..inn import HighFrequencyINN
+from ..tables import write_table
+from .data import list_images
+from .objective import add_noise, bits_per_detail, code_length
+
+Row = dict[str, object]
+SHIFT = "shift by one pixel"
+LEVEL_NAMES = ("fine", "medium", "coarse")
+# How near to the asked mean squared error a distortion must come to be compared with the others.
+TOLERANCE = 0.1
+RESPONSE_SIDE = 256  # responses are measured on the middle of a photograph
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Tables of `evaluate`, each a list of rows: one per coder and noise, per level, per distortion."""
+
+    coders: list[Row]
+    levels: list[Row]
+    responses: list[Row]
+    inverse_error: float
+    photographs: int
+
+
+@torch.no_grad()
+def evaluate(network: HighFrequencyINN, paths: Sequence[Path], noises: Sequence[float], device: str) -> Evaluation:
+    """Measure a network on image files, at full size, cut to multiples of 2^levels.
+
+    - Code length: bits per value of photographs with Gaussian noise of standard deviation `noises` (1/255), rounded
+      and clipped to 8 bits, by the network, PNG and WebP (both lossless, at their best setting), on the very same
+      pixels, headers included. The network codes the details; its low-pass values are charged at 8 + levels bits,
+      their raw cost. One draw of dequantisation noise makes its figure an upper bound in the mean.
+    - Inverse error: largest |inverse(forward(image)) - image| of the photographs in [-1, 1].
+    - Levels, with noise of the network's floor: standard deviation, excess kurtosis (0 if normal), correlation of
+      neighbours (mean |r| over channels and both directions, 0 if white), code length and its share.
+    - Response: mean squared feature error of each distortion over that of white noise with equal pixel MSE, that of
+      a shift by one pixel, on the middle 256 x 256. Photographs on which a distortion cannot reach that MSE within
+      10 % are left out and counted. A mean of ratios.
+    """
+    levels, stride = network.config.levels, network.stride
+    coded: dict[tuple[str, float], list[float]] = {}
+    statistics: list[Tensor] = []
+    ratios: dict[str, list[Tensor]] = {name: [] for name in (*DISTORTIONS, SHIFT)}
+    inverse_error = 0.0
+    for index, path in enumerate(tqdm(paths, desc="eval-inn", unit="image")):
+        pixels = read_pixels(path)
+        height, width = (side // stride * stride for side in pixels.shape[-2:])
+        if not height or not width:
+            raise ValueError(f"{path} is smaller than {stride} x {stride}")
+        pixels = pixels[None, :, :height, :width]
+        generator = torch.Generator().manual_seed(index)
+        for noise in noises:
+            noisy = noisy_pixels(pixels, noise, generator)
+            bits = {
+                "INN": network_bits(network, noisy, generator, device),
+                "PNG": file_bits(noisy, "png", optimize=True),
+                "WebP": file_bits(noisy, "webp", lossless=True, quality=100, method=6),
+            }
+            for coder, value in bits.items():
+                coded.setdefault((coder, noise), []).append(value)
+        image = pixels.to(device) / 127.5 - 1
+        inverse_error = max(inverse_error, (network.inverse(network(image)) - image).abs().max().item())
+        statistics.append(_level_statistics(network, image, generator))
+        for name, ratio in _responses(network, pixels.float() / 255, generator, device).items():
+            ratios[name].append(ratio)
+
+    coders: list[Row] = [
+        {"coder": coder, "noise": noise, "bits_per_value": float(np.mean(values))}
+        for (coder, noise), values in coded.items()
+    ]
+    mean = torch.stack(statistics).mean(0)
+    share = mean[:, 0] * mean[:, 1] / (mean[:, 0] * mean[:, 1]).sum()
+    rows: list[Row] = [
+        {
+            "level": level_name(i, levels),
+            "bits_per_detail": mean[i, 0].item(),
+            "share_of_bits": share[i].item(),
+            "std": mean[i, 2].item(),
+            "std_without_noise": mean[i, 3].item(),
+            "excess_kurtosis": mean[i, 4].item(),
+            "neighbour_correlation": mean[i, 5].item(),
+        }
+        for i in range(levels)
+    ]
+    responses: list[Row] = []
+    for name, values in ratios.items():
+        average = torch.stack(values).mean(0) if values else torch.full((levels + 1,), math.nan)
+        row: Row = {"distortion": name, "photographs": len(values), "over_noise": average[-1].item()}
+        row.update({level_name(i, levels): average[i].item() for i in range(levels)})
+        responses.append(row)
+    return Evaluation(coders, rows, responses, inverse_error, len(paths))
+
+
+def level_name(index: int, levels: int) -> str:
+    """`fine`, `medium`, `coarse` for three levels, `level 1` ... for others."""
+    return LEVEL_NAMES[index] if levels == len(LEVEL_NAMES) else f"level {index + 1}"
+
+
+def noisy_pixels(pixels: Tensor, noise: float, generator: torch.Generator) -> Tensor:
+    """Add N(0, noise^2) in 1/255 to uint8 pixels, round and clip to uint8."""
+    gaussian = torch.randn(pixels.shape, generator=generator)
+    return (pixels + noise * gaussian).round().clamp(0, 255).to(torch.uint8)
+
+
+def network_bits(network: HighFrequencyINN, pixels: Tensor, generator: torch.Generator, device: str) -> float:
+    """Bits per value of one 8-bit image (1, 3, H, W) with H, W multiples of 2^levels, low-pass values included."""
+    latent = network(add_noise(pixels / 127.5 - 1, 0.0, generator).to(device))
+    low = latent.low_pass.numel()
+    # An orthonormal Haar step doubles the range of the low-pass band: 8 + levels bits at unit resolution.
+    bits = code_length(latent, network.config.variant).item() * (pixels.numel() - low)
+    return (bits + low * (8 + network.config.levels)) / pixels.numel()
+
+
+def file_bits(pixels: Tensor, suffix: str, **options: object) -> float:
+    """Bits per value of an 8-bit image (1, 3, H, W) as a file."""
+    buffer = io.BytesIO()
+    _to_pil(pixels).save(buffer, suffix, **options)
+    return 8 * buffer.getbuffer().nbytes / pixels.numel()
+
+
+def _to_pil(pixels: Tensor) -> Image.Image:
+    return Image.fromarray(pixels[0].permute(1, 2, 0).cpu().numpy())
+
+
+def _level_statistics(network: HighFrequencyINN, image: Tensor, generator: torch.Generator) -> Tensor:
+    """Per level: bits per detail, number of values, std, std without noise, excess kurtosis, correlation, (L, 6)."""
+    config = network.config
+    latent = network(add_noise(image.cpu(), config.noise_floor, generator).to(image.device))
+    bits = bits_per_detail(latent, config.variant)[0]
+    rows = []
+    for i, (noisy, clean) in enumerate(zip(latent.features, network.features(image), strict=True)):
+        centred = noisy - noisy.mean((2, 3), keepdim=True)
+        variance = centred.square().mean((2, 3))
+        kurtosis = (centred.pow(4).mean((2, 3)) / variance.square() - 3).mean()
+        neighbours = [
+            ((centred[..., 1:, :] * centred[..., :-1, :]).mean((2, 3)) / variance).abs().mean(),
+            ((centred[..., 1:] * centred[..., :-1]).mean((2, 3)) / variance).abs().mean(),
+        ]
+        values = torch.tensor(float(noisy.numel()))
+        rows.append((bits[i], values, noisy.std(), clean.std(), kurtosis, sum(neighbours) / 2))
+    return torch.tensor([[float(value) for value in row] for row in rows])
+
+
+def _responses(network: HighFrequencyINN, image: Tensor, generator: torch.Generator, device: str) -> dict[str, Tensor]:
+    """Feature MSE of each distortion over that of white noise of the same pixel MSE: (levels, then their mean)."""
+    top, left = (max(0, (side - RESPONSE_SIDE) // 2) for side in image.shape[-2:])
+    image = image[..., top : top + RESPONSE_SIDE, left : left + RESPONSE_SIDE]
+    shifted, image = image[..., :-1], image[..., 1:]
+    if image.shape[-1] < network.stride:
+        return {}
+    target = (shifted - image).square().mean().item()
+    reference = network.features(2 * image.to(device) - 1)
+
+    def feature_errors(distorted: Tensor) -> Tensor:
+        features = network.features(2 * distorted.to(device) - 1)
+        errors = torch.stack([(a - b).square().mean() for a, b in zip(features, reference, strict=True)]).cpu()
+        return torch.cat((errors, errors.mean()[None]))
+
+    found = {name: _at_mse(make(image, generator), image, target) for name, make in DISTORTIONS.items()}
+    found[SHIFT] = shifted
+    errors = {
+        name: feature_errors(distorted)
+        for name, distorted in found.items()
+        if abs((distorted - image).square().mean().item() - target) < TOLERANCE * target
+    }
+    if "white noise" not in errors:
+        return {}
+    return {name: error / errors["white noise"] for name, error in errors.items()}
+
+
+def _at_mse(distort: Callable[[float], Tensor], image: Tensor, target: float) -> Tensor:
+    """Bisect the strength in [0, 1] of a distortion for the pixel MSE `target`."""
+    low, high = 0.0, 1.0
+    for _ in range(16):
+        middle = (low + high) / 2
+        if (distort(middle) - image).square().mean().item() < target:
+            low = middle
+        else:
+            high = middle
+    return distort(high)
+
+
+def _white_noise(image: Tensor, generator: torch.Generator) -> Callable[[float], Tensor]:
+    noise = torch.randn(image.shape, generator=generator)
+    return lambda strength: (image + strength * noise).clamp(0, 1)
+
+
+def _blur(image: Tensor, generator: torch.Generator) -> Callable[[float], Tensor]:
+    def blur(strength: float) -> Tensor:
+        sigma = 0.1 + 16 * strength**2
+        radius = min(math.ceil(3 * sigma), *(side - 1 for side in image.shape[-2:]))
+        kernel = torch.exp(-0.5 * (torch.arange(-radius, radius + 1) / sigma).square())
+        kernel = (kernel / kernel.sum()).expand(3, 1, 1, -1)
+        padded = F.pad(image, (radius,) * 4, mode="reflect")
+        return F.conv2d(F.conv2d(padded, kernel, groups=3), kernel.transpose(2, 3), groups=3)
+
+    return blur
+
+
+def _jpeg(image: Tensor, generator: torch.Generator) -> Callable[[float], Tensor]:
+    pil = _to_pil((image * 255).round().to(torch.uint8))
+
+    def jpeg(strength: float) -> Tensor:
+        buffer = io.BytesIO()
+        pil.save(buffer, "jpeg", quality=round(100 - 99 * strength))
+        buffer.seek(0)
+        return read_pixels(buffer)[None].float() / 255
+
+    return jpeg
+
+
+def _brightness(image: Tensor, generator: torch.Generator) -> Callable[[float], Tensor]:
+    return lambda strength: (image + strength).clamp(0, 1)
+
+
+def _contrast(image: Tensor, generator: torch.Generator) -> Callable[[float], Tensor]:
+    mean = image.mean((1, 2, 3), keepdim=True)
+    return lambda strength: mean + (1 - strength) * (image - mean)
+
+
+DISTORTIONS = {
+    "white noise": _white_noise,
+    "blur": _blur,
+    "JPEG": _jpeg,
+    "brightness": _brightness,
+    "contrast": _contrast,
+}
+
+
+def plot_evaluation(path: Path, evaluation: Evaluation) -> None:
+    """Draw code lengths, the features of each level and the responses."""
+    from matplotlib import pyplot as plt
+
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4), layout="constrained")
+    noises = sorted({float(str(row["noise"])) for row in evaluation.coders})
+    coders = list(dict.fromkeys(row["coder"] for row in evaluation.coders))
+    for i, coder in enumerate(coders):
+        values = {row["noise"]: float(str(row["bits_per_value"])) for row in evaluation.coders if row["coder"] == coder}
+        places = np.arange(len(noises)) + (i - 1) * 0.27
+        bars = left.bar(places, [values[noise] for noise in noises], 0.25, label=str(coder))
+        left.bar_label(bars, fmt="%.2f", fontsize=8)
+    left.set_xticks(range(len(noises)), [f"noise {noise:g}/255" for noise in noises])
+    left.set_ylabel("bits per value")
+    left.set_title("code length of the same 8-bit pixels")
+    left.margins(y=0.25)
+    left.legend(ncols=3, loc="upper center")
+    names = [str(row["level"]) for row in evaluation.levels]
+    for i, key in enumerate(("std", "std_without_noise", "excess_kurtosis", "neighbour_correlation")):
+        heights = [float(str(row[key])) for row in evaluation.levels]
+        bars = middle.bar(np.arange(len(names)) + (i - 1.5) * 0.2, heights, 0.19, label=key.replace("_", " "))
+        middle.bar_label(bars, fmt="%.2f", fontsize=7)
+    middle.set_xticks(range(len(names)), names)
+    middle.set_title("features (normal and white: std 1, others 0)")
+    middle.margins(y=0.25)
+    middle.legend(ncols=2, loc="upper center")
+    right.barh(
+        [str(row["distortion"]) for row in evaluation.responses],
+        [float(str(row["over_noise"])) for row in evaluation.responses],
+    )
+    right.set_xscale("log")
+    right.axvline(1, color="black", linewidth=0.8)
+    right.set_title("feature MSE over that of white noise,\nat the pixel MSE of a one-pixel shift")
+    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=110))
+    plt.close(figure)
+
+
+@torch.no_grad()
+def plot_features(path: Path, network: HighFrequencyINN, image: Tensor) -> None:
+    """Draw an image (1, 3, H, W) in [0, 1] and, per level, the RMS over channels and the first three channels."""
+    from matplotlib import pyplot as plt
+
+    features = network.features(2 * image - 1)
+    aspect = image.shape[-2] / image.shape[-1]
+    figure, axes = plt.subplots(
+        len(features), 5, figsize=(15, 3 * aspect * len(features) + 0.6), layout="constrained", squeeze=False
+    )
+    for axis in axes.flat:
+        axis.set_axis_off()
+    axes[0, 0].imshow(image[0].permute(1, 2, 0).cpu().numpy())
+    axes[0, 0].set_title("image")
+    for i, (row, level) in enumerate(zip(axes, features, strict=True)):
+        level = level[0].cpu()
+        name = f"{level_name(i, len(features))}, {level.shape[0]} x {level.shape[1]} x {level.shape[2]}"
+        shown = row[1].imshow(level.square().mean(0).sqrt(), cmap="inferno", vmin=0, vmax=3)
+        row[1].set_title(f"{name}: RMS")
+        figure.colorbar(shown, ax=row[1], shrink=0.8)
+        for channel, axis in enumerate(row[2:]):
+            shown = axis.imshow(level[channel], cmap="RdBu", vmin=-3, vmax=3)
+            axis.set_title(f"channel {channel}")
+        figure.colorbar(shown, ax=row[-1], shrink=0.8)
+    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=80))
+    plt.close(figure)
+
+
+def eval_inn(
+    inn: str, folder: Path, out: Path, noises: Sequence[float], device: str, features_of: Path | None = None
+) -> Evaluation:
+    """Evaluate checkpoint `inn` on the images below `folder`; write three tables and two figures to `out`."""
+    network = HighFrequencyINN.from_pretrained(inn).to(device)
+    paths = list_images(folder)
+    evaluation = evaluate(network, paths, noises or sorted({network.config.noise_floor, 0.0}, reverse=True), device)
+    out.mkdir(parents=True, exist_ok=True)
+    write_table(out / "coders.csv", evaluation.coders)
+    write_table(out / "levels.csv", evaluation.levels)
+    write_table(out / "responses.csv", evaluation.responses)
+    plot_evaluation(out / "evaluation.png", evaluation)
+    plot_features(out / "features.png", network, read_image(features_of or paths[0]).to(device))
+    return evaluation
