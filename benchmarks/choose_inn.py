@@ -21,6 +21,7 @@ The table goes to results/inn-choice.csv, the figure to docs/inn-choice.png; cro
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import json
 import os
@@ -72,9 +73,10 @@ CANDIDATES = {
 NAMES = (REFERENCE, BUNDLED, *CANDIDATES)
 
 SR_BATCH, SR_CROP = 8, 64
+LEAST_SR_STEPS = 20  # OneCycleLR divides by the length of its warm-up, a tenth of them, less one
 CALIBRATION_CROPS = 32
-INN_BATCH, INN_CROP, INN_LEARNING_RATE = 16, 96, 2e-3
-COST_SIZE, COST_ROUNDS, COST_WARM_UP = 128, 15, 3
+INN_BATCH, INN_CROP, INN_LEARNING_RATE = 16, 64, 2e-3
+COST_SIZE, COST_ROUNDS, COST_WARM_UP = 128, 40, 4
 REPOSITORY = Path(__file__).parents[1]
 
 
@@ -115,8 +117,8 @@ class Settings:
         """Whether `path` holds a result of these settings; raises where it holds one of others."""
         if not path.exists():
             return False
-        stored, expected = json.loads(path.read_text(encoding="utf-8"))["settings"], self.identity()
-        changed = [key for key, value in expected.items() if stored.get(key) != value]
+        stored, now = json.loads(path.read_text(encoding="utf-8"))["settings"], self.identity()
+        changed = [key for key, value in stored.items() if now[key] != value]
         if changed:
             raise SystemExit(f"{path} is of another comparison (different: {', '.join(changed)}); choose another --out")
         return True
@@ -173,7 +175,11 @@ def describe(settings: Settings, name: str) -> None:
             learning_rate=INN_LEARNING_RATE,
             seed=0,
         )
-        train_inn(training, CANDIDATES[name], cpu=settings.device == "cpu")
+        log = settings.out / "inn" / f"{slug(name)}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        # Progress bars of several workers would write over one another.
+        with log.open("a", encoding="utf-8") as file, contextlib.redirect_stderr(file):
+            train_inn(training, CANDIDATES[name], cpu=settings.device == "cpu")
     network = HighFrequencyINN.from_pretrained(settings.network(name)).to(settings.device)
     crops = random_crops(photographs(settings.train), CALIBRATION_CROPS, torch.Generator().manual_seed(0))
     gt = unit_range(crops, settings.device)
@@ -188,7 +194,7 @@ def describe(settings: Settings, name: str) -> None:
             "code_length": held_out_code_length(network, photographs(settings.val), settings.device),
             "cost_ratio": cost_ratio(network.config),
             "coefficients": {term: DEFAULT_COEFFICIENTS[term] * wanted[term] / norms[term] for term in norms},
-            "settings": settings.identity(),
+            "settings": {key: value for key, value in settings.identity().items() if key != "sr_steps"},
         },
     )
 
@@ -221,18 +227,18 @@ def held_out_code_length(network: HighFrequencyINN, images: Iterable[Tensor], de
 def cost_ratio(config: INNConfig) -> float:
     """Time of MGHFLoss forward and backward on 1 x 3 x 128^2 and one CPU thread over that with the base's network.
 
-    Medians of rounds that run both in turn. The time does not depend on the parameters.
+    CPU time, medians of rounds that run both in turn. It does not depend on the parameters.
     """
     gt = torch.rand(1, 3, COST_SIZE, COST_SIZE, generator=torch.Generator().manual_seed(0))
     sr = (0.9 * gt).requires_grad_()
     criteria = [MGHFLoss(inn=HighFrequencyINN(each)) for each in (config, BASE)]
     times: list[list[float]] = [[], []]
     for index in range(COST_WARM_UP + COST_ROUNDS):
-        for criterion, record in zip(criteria, times, strict=True):
-            start = time.perf_counter()
-            torch.autograd.grad(criterion(sr, gt), sr)
+        for which in (0, 1) if index % 2 else (1, 0):
+            start = time.thread_time()  # not counting when another process has the core
+            torch.autograd.grad(criteria[which](sr, gt), sr)
             if index >= COST_WARM_UP:
-                record.append(time.perf_counter() - start)
+                times[which].append(time.thread_time() - start)
     candidate, base = map(statistics.median, times)
     return candidate / base
 
@@ -309,6 +315,8 @@ def start_worker() -> None:
 
 def run_all(jobs: dict[str, Callable[[], None]], workers: int, title: str) -> None:
     """Run the jobs in processes of their own; the first failure ends what has not begun, and is raised."""
+    if not jobs:
+        return
     with ProcessPoolExecutor(workers, get_context("spawn"), start_worker) as pool:
         futures = {pool.submit(job): label for label, job in jobs.items()}
         try:
@@ -456,12 +464,17 @@ def parse_arguments() -> argparse.Namespace:
             raise ValueError
         return int(text)
 
+    def enough(text: str) -> int:
+        if int(text) < LEAST_SR_STEPS:
+            raise argparse.ArgumentTypeError(f"must be at least {LEAST_SR_STEPS}, got {text}")
+        return int(text)
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train", type=Path, help="folder of photographs to train on")
     parser.add_argument("--val", type=Path, help="folder of photographs to judge on")
     parser.add_argument("--out", type=Path, required=True, help="folder for networks, models and results")
-    parser.add_argument("--inn-steps", type=positive, default=2000, help="of each network (default %(default)s)")
-    parser.add_argument("--sr-steps", type=positive, default=2500, help="of each SR model (default %(default)s)")
+    parser.add_argument("--inn-steps", type=positive, default=3000, help="of each network (default %(default)s)")
+    parser.add_argument("--sr-steps", type=enough, default=1500, help="of each SR model (default %(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="of the SR models (default 0 1)")
     parser.add_argument("--workers", type=positive, default=2, help="processes of one thread (default %(default)s)")
     parser.add_argument(
@@ -480,7 +493,6 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     if not arguments.report:
-        os.environ["TQDM_DISABLE"] = "1"  # of the workers: their bars would write over one another
         settings = Settings(
             arguments.train, arguments.val, arguments.out, arguments.inn_steps, arguments.sr_steps, arguments.device
         )
@@ -492,7 +504,8 @@ def main() -> None:
             if not settings.finished(settings.candidate_file(name))
         }
         run_all(candidates, arguments.workers, "candidates")
-        print_coefficients(settings, networks)
+        if networks:
+            print_coefficients(settings, networks)
         runs = {
             f"{name}, seed {seed}": partial(train_and_judge, settings, name, seed)
             for seed in arguments.seeds  # all candidates with one seed first: a table as early as possible

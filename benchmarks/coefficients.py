@@ -22,7 +22,7 @@ import mghf_loss
 from mghf_loss.demo import downscale, upscale
 from mghf_loss.mghf import DEFAULT_COEFFICIENTS
 from mghf_loss.tables import write_table
-from mghf_loss.training.data import RandomCrops
+from mghf_loss.training.data import Cropping, FolderCrops, list_images
 
 
 def gradient_norms(criterion: mghf_loss.MGHFLoss, gt: Tensor) -> dict[str, Tensor]:
@@ -47,10 +47,10 @@ def main() -> None:
     torch.manual_seed(0)
     terms = [name for name in DEFAULT_COEFFICIENTS if name != "dino_jsd"]
     criterion = mghf_loss.MGHFLoss(dict.fromkeys(terms, 1.0))
-    crops = RandomCrops(options.images, options.crop, options.crops)
+    crops = FolderCrops(list_images(options.images), Cropping(options.crop, least_scale=1.0))
     collected: dict[str, list[Tensor]] = {name: [] for name in ["l1", *terms]}
     for start in trange(0, options.crops, 8, desc="gradient norms", unit="batch"):
-        gt = torch.stack([crops[i] for i in range(start, min(start + 8, options.crops))]) / 2 + 0.5
+        gt = torch.stack([crops.crop(slot) for slot in range(start, min(start + 8, options.crops))]) / 2 + 0.5
         for name, norms in gradient_norms(criterion, gt).items():
             collected[name].append(norms)
 

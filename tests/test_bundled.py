@@ -57,7 +57,7 @@ def test_features_of_noisy_photographs_are_about_standard_normal(network):
         assert level.mean().abs() < 0.1
         assert 0.85 < level.std() < 1.25
     # Noise of 6 grey levels alone has 4.63 bits; photographs cannot have fewer, and PNG needs about 5.7.
-    fine = bits_per_detail(network, latent)[0, 0]
+    fine = bits_per_detail(latent, network.config.variant)[0, 0]
     assert 4.63 < fine < 5.3
 
 

@@ -85,10 +85,27 @@ def test_train_inn_trains_and_resumes_nothing_new(tmp_path, capsys):
     images.mkdir()
     Image.fromarray(data.astronaut()[:64, :64]).save(images / "a.png")
     arguments = ["train-inn", "--images", str(images), "--out", str(tmp_path / "inn"), "--steps", "2", "--batch", "1"]
-    arguments += ["--crop", "16", "--hidden", "4", "--levels", "1", "--device", "cpu"]
+    arguments += ["--crop", "16", "--hidden", "4", "--levels", "1", "--cpu"]
     assert cli.main(arguments) == 0
     assert "MGHFLoss(inn=" in capsys.readouterr().out
     assert MGHFLoss(inn=tmp_path / "inn")(torch.rand(1, 3, 8, 8), torch.rand(1, 3, 8, 8)) > 0
+
+
+def test_eval_inn_prints_and_writes_tables_and_figures(tmp_path, capsys):
+    images, out = tmp_path / "images", tmp_path / "evaluation"
+    images.mkdir()
+    Image.fromarray(data.astronaut()[:66, :75]).save(images / "a.png")
+    arguments = ["eval-inn", str(images), "--noise", "6", "0", "--out", str(out), "--device", "cpu"]
+    assert cli.main(arguments) == 0
+    printed = capsys.readouterr().out
+    for name, rows in (("coders", 6), ("levels", 3), ("responses", 6)):
+        with (out / f"{name}.csv").open() as file:
+            table = list(csv.DictReader(file))
+        assert len(table) == rows
+        assert all(next(iter(row.values())) in printed for row in table)
+    for name in ("evaluation.png", "features.png"):
+        with Image.open(out / name) as picture:
+            assert np.asarray(picture.convert("RGB")).std() > 10
 
 
 def bad_commands(folder: Path) -> dict[str, tuple[list[str], str]]:
@@ -112,6 +129,8 @@ def bad_commands(folder: Path) -> dict[str, tuple[list[str], str]]:
         "save never": (["train-inn", "--images", str(folder), "--save-every", "0"], "save_every must be at least 1"),
         "negative crop": (["train-inn", "--images", str(folder), "--crop", "-8"], "crop must be at least 1, got -8"),
         "negative rate": (["train-inn", "--images", str(folder), "--learning-rate", "-1"], "learning_rate must be"),
+        "evaluation of nothing": (["eval-inn", str(folder / "empty")], "no images"),
+        "negative noise": (["eval-inn", str(folder), "--noise", "-1"], "--noise must be at least 0"),
         "no steps": (["demo", "--steps", "0"], "--steps must be at least 1"),
         "info of nothing": (["info", "--inn", str(folder / "x.safetensors")], "unknown checkpoint"),
     }
@@ -130,6 +149,8 @@ BAD_COMMANDS = [
     "save never",
     "negative crop",
     "negative rate",
+    "evaluation of nothing",
+    "negative noise",
     "no steps",
     "info of nothing",
 ]

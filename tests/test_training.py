@@ -1,8 +1,14 @@
-"""Training the network: data, objective, resume, checkpoints written whole."""
+"""Training the network: objective, resume after a kill, several processes, checkpoints written whole."""
 
 from __future__ import annotations
 
 import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,23 +19,14 @@ from PIL import Image
 
 from conftest import perturbed_inn
 from mghf_loss import HighFrequencyINN, INNConfig, checkpoints
-from mghf_loss.training.data import RandomCrops
-from mghf_loss.training.loop import STATE_FILE, TrainConfig, train_inn
-from mghf_loss.training.objective import GREY_LEVEL, add_noise, bits_per_detail, objective
+from mghf_loss.inn import Bottleneck
+from mghf_loss.training.data import Cropping, FolderCrops, list_images
+from mghf_loss.training.loop import SAMPLES_FILE, STATE_FILE, TrainConfig, train_inn
+from mghf_loss.training.objective import GREY_LEVEL, add_noise, bits_per_detail, code_length
 
 NETWORK = INNConfig(levels=2, hidden=8, couplings=1)
-
-
-@pytest.fixture
-def folder(tmp_path) -> Path:
-    """Smooth random photographs-to-be, so that details are predictable to a degree."""
-    rng = np.random.default_rng(0)
-    images = tmp_path / "images" / "nested"
-    images.mkdir(parents=True)
-    for index in range(3):
-        coarse = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8))
-        coarse.resize((64, 48), Image.Resampling.BICUBIC).save(images / f"{index}.png")
-    return tmp_path / "images"
+COMMAND = Path(sys.executable).parent / "mghf-loss"
+SMALL = ["--crop", "16", "--batch", "2", "--levels", "2", "--hidden", "8", "--couplings", "1", "--cpu"]
 
 
 def configuration(folder: Path, **changes) -> TrainConfig:
@@ -37,19 +34,28 @@ def configuration(folder: Path, **changes) -> TrainConfig:
     return TrainConfig(folder, folder.parent / "out", **options)
 
 
+def train(config: TrainConfig, network: INNConfig = NETWORK) -> HighFrequencyINN:
+    return train_inn(config, network, cpu=True)
+
+
+def bits(network: HighFrequencyINN, image: torch.Tensor) -> float:
+    return bits_per_detail(network(image), network.config.variant).mean().item()
+
+
 @pytest.mark.parametrize("variant", ["pyramid", "packet"])
 def test_bits_are_the_exact_density_of_the_change_of_variables(variant):
     network = perturbed_inn(variant=variant, levels=2, hidden=4).double()
     image = torch.rand(1, 3, 8, 8, dtype=torch.double) * 2 - 1
     latent = network(image)
-    bits = bits_per_detail(network, latent)
+    per_level = bits_per_detail(latent, variant)
     details = latent.features if variant == "pyramid" else latent.features[-1:]
     z = torch.cat([level.flatten() for level in details])
     normal = torch.distributions.Normal(torch.zeros((), dtype=torch.double), 1.0)
     nats = -normal.log_prob(z).sum() - latent.log_det_jac.sum() - z.numel() * math.log(GREY_LEVEL)
     counts = torch.tensor([level.numel() for level in latent.features], dtype=torch.double)
-    total = (bits * counts).sum() if variant == "pyramid" else bits[0, -1] * counts[-1]
+    total = (per_level * counts).sum() if variant == "pyramid" else per_level[0, -1] * counts[-1]
     assert total.item() == pytest.approx(nats.item() / math.log(2), rel=1e-9)
+    assert code_length(latent, variant).item() == pytest.approx(nats.item() / math.log(2) / z.numel(), rel=1e-9)
 
 
 def test_bits_of_pure_noise_reach_its_entropy():
@@ -60,13 +66,13 @@ def test_bits_of_pure_noise_reach_its_entropy():
     with torch.no_grad():
         network.levels[0].flow[0].matrix.mul_(1 / (8 * sigma * GREY_LEVEL))
     entropy = math.log2(sigma * math.sqrt(2 * math.pi * math.e))
-    assert objective(network, noise).item() == pytest.approx(entropy, abs=0.02)
+    assert bits(network, noise) == pytest.approx(entropy, abs=0.02)
 
 
 def test_bits_need_a_determinant():
-    network = perturbed_inn()
+    latent = perturbed_inn()(torch.rand(1, 3, 8, 8), log_det_jac=False)
     with pytest.raises(ValueError, match="log_det_jac"):
-        bits_per_detail(network, network(torch.rand(1, 3, 8, 8), log_det_jac=False))
+        bits_per_detail(latent, "pyramid")
 
 
 def test_noise_has_the_asked_standard_deviation():
@@ -76,51 +82,64 @@ def test_noise_has_the_asked_standard_deviation():
     assert dequantised.abs().max() <= 0.5
 
 
-def test_crops_are_a_function_of_seed_and_index(folder):
-    crops = RandomCrops(folder, 16, 10, seed=3)
-    uncached = RandomCrops(folder, 16, 10, seed=3, cache_bytes=0)
-    for index in (0, 4, 9):
-        assert torch.equal(crops[index], uncached[index])
-        assert crops[index].shape == (3, 16, 16)
-    assert not torch.equal(crops[0], crops[1])
-    assert not torch.equal(crops[0], RandomCrops(folder, 16, 10, seed=4)[0])
-    assert crops[0].min() >= -1
-    assert crops[0].max() <= 1
-    with pytest.raises(IndexError, match="crop 10 of 10"):
-        crops[10]
-
-
-def test_damaged_and_small_images_are_left_out_by_name(folder):
-    (folder / "broken.png").write_bytes(b"no image")
-    Image.new("RGB", (8, 40)).save(folder / "small.png")
-    with pytest.warns(UserWarning, match="left out") as warnings:
-        crops = RandomCrops(folder, 16, 10)
-    messages = " ".join(str(warning.message) for warning in warnings)
-    assert "broken.png" in messages
-    assert "small.png: 8 x 40 is smaller than a crop of 16" in messages
-    assert len(crops.paths) == 3
-
-
-def test_folders_without_images_are_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match=f"no images .* below {tmp_path}"):
-        RandomCrops(tmp_path, 16, 10)
-    Image.new("RGB", (8, 8)).save(tmp_path / "small.png")
-    with pytest.warns(UserWarning, match=r"small\.png"), pytest.raises(ValueError, match="at least 16 x 16"):
-        RandomCrops(tmp_path, 16, 10)
-
-
-def test_training_lowers_the_code_length_and_saves_a_loadable_network(folder):
-    config = configuration(folder, steps=80, batch=4, learning_rate=5e-3)
-    network = train_inn(config, NETWORK)
-    crops = torch.stack([RandomCrops(folder, 16, 8, seed=99)[i] for i in range(8)])
-    noisy = add_noise(crops, NETWORK.noise_floor, torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_training_lowers_the_code_length_and_saves_a_loadable_network(image_folder, precision):
+    config = configuration(image_folder, steps=80, batch=4, learning_rate=5e-3, precision=precision)
+    _reset_accelerate()
+    network = train(config)
+    crops = FolderCrops(list_images(image_folder), Cropping(16, seed=99))
+    images = torch.stack([crops.crop(slot) for slot in range(8)])
+    noisy = add_noise(images, NETWORK.noise_floor, torch.Generator().manual_seed(0))
     with torch.no_grad():
-        assert objective(network, noisy) < objective(HighFrequencyINN(NETWORK), noisy) - 0.5
+        assert bits(network, noisy) < bits(HighFrequencyINN(NETWORK), noisy) - 0.5
+        assert (network.inverse(network(images)) - images).abs().max() < 1e-5  # nothing is left in bfloat16
     loaded = HighFrequencyINN.from_pretrained(config.out)
     assert loaded.config == NETWORK
-    for got, want in zip(loaded.features(crops), network.features(crops), strict=True):
+    for got, want in zip(loaded.features(images), network.features(images), strict=True):
         assert torch.equal(got, want)
     assert not [path.name for path in config.out.iterdir() if path.name.startswith(".")]
+    _reset_accelerate()
+
+
+def _reset_accelerate() -> None:
+    """Accelerate keeps one precision a process."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_bfloat16_is_for_conditioners_in_training_only():
+    network = perturbed_inn()
+    image = torch.rand(1, 3, 16, 16)
+    exact = network.features(image)
+    for module in network.modules():
+        if isinstance(module, Bottleneck):
+            module.training_dtype = torch.bfloat16
+    rounded = network.features(image)
+    assert all(level.dtype == torch.float32 for level in rounded)
+    assert any(not torch.equal(a, b) for a, b in zip(rounded, exact, strict=True))
+    torch.testing.assert_close(rounded, exact, rtol=0.05, atol=0.05)
+    assert all(torch.equal(a, b) for a, b in zip(network.eval().features(image), exact, strict=True))
+
+
+def test_held_out_images_are_evaluated_logged_and_drawn(image_folder, capsys):
+    config = configuration(image_folder, held_out=1, tensorboard=True, steps=4)
+    train(config)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "held-out" in line]
+    assert len(lines) == 2
+    assert lines[1].startswith("step 4: held-out ")
+    with Image.open(config.out / SAMPLES_FILE) as sheet:
+        assert sheet.size == (256, 512)
+    logged = b"".join(path.read_bytes() for path in (config.out / "logs").rglob("events*"))
+    for tag in (b"train/bits", b"train/learning_rate", b"train/gradient_norm", b"held-out/bits", b"sampled details"):
+        assert tag in logged
+
+
+def test_skipped_images_are_counted_at_the_end(image_folder, capsys):
+    (image_folder / "broken.png").write_bytes(b"no image")
+    with pytest.warns(UserWarning, match=r"skipped image .*broken\.png"):
+        train(configuration(image_folder, steps=1))
+    assert "1 images were skipped: " in capsys.readouterr().out
 
 
 class KilledError(Exception):
@@ -128,10 +147,10 @@ class KilledError(Exception):
 
 
 @pytest.mark.parametrize("kill_after", [1, 3, 5])
-def test_a_killed_run_resumes_to_the_same_parameters(folder, kill_after, monkeypatch):
-    config = configuration(folder)
-    undisturbed = train_inn(config, NETWORK)
-    resumed_config = replace(config, out=folder.parent / "resumed")
+def test_an_interrupted_run_resumes_to_the_same_parameters(image_folder, kill_after, monkeypatch):
+    config = configuration(image_folder)
+    undisturbed = train(config)
+    resumed_config = replace(config, out=image_folder.parent / "resumed")
 
     steps = 0
     step = torch.optim.Adam.step
@@ -146,32 +165,103 @@ def test_a_killed_run_resumes_to_the_same_parameters(folder, kill_after, monkeyp
     with monkeypatch.context() as patch:
         patch.setattr(torch.optim.Adam, "step", dying_step)
         with pytest.raises(KilledError):
-            train_inn(resumed_config, NETWORK)
-    resumed = train_inn(resumed_config, NETWORK)
+            train(resumed_config)
+    resumed = train(resumed_config)
     for got, want in zip(resumed.parameters(), undisturbed.parameters(), strict=True):
         assert torch.equal(got, want)
 
 
-def test_a_state_of_another_run_is_refused(folder):
-    config = configuration(folder, steps=2)
-    train_inn(config, NETWORK)
+def test_a_process_killed_at_a_random_step_resumes_to_the_same_parameters(image_folder):
+    """SIGKILL, whenever it comes; in PyTorch's deterministic mode."""
+    program = (
+        "import sys, torch; torch.use_deterministic_algorithms(True); torch.set_num_threads(1);"
+        "from mghf_loss.cli import main; sys.exit(main())"
+    )
+
+    def command(out: str) -> list[str]:
+        options = ["--out", str(image_folder.parent / out), "--steps", "300", "--save-every", "7"]
+        return [sys.executable, "-c", program, "train-inn", "--images", str(image_folder), *SMALL, *options]
+
+    undisturbed = subprocess.run(command("undisturbed"), capture_output=True, text=True)
+    assert undisturbed.returncode == 0, undisturbed.stderr
+
+    out = image_folder.parent / "killed"
+    process = subprocess.Popen(command("killed"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (out / STATE_FILE).exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    time.sleep(random.Random().uniform(0, 0.3))
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    reached = torch.load(out / STATE_FILE, weights_only=True)["step"]
+    assert reached < 300
+    resumed = subprocess.run(command("killed"), capture_output=True, text=True)
+    assert resumed.returncode == 0, resumed.stderr
+    for name in (checkpoints.MODEL_FILE, checkpoints.CONFIG_FILE):
+        assert (out / name).read_bytes() == (image_folder.parent / "undisturbed" / name).read_bytes(), reached
+
+
+def test_two_processes_train_one_checkpoint(image_folder):
+    """Through `accelerate launch`: together they see the crops that one process sees, and average gradients."""
+    one = configuration(image_folder, steps=5, batch=4, save_every=5, held_out=1)
+    train(one)
+    out = image_folder.parent / "two"
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    options = ["--out", str(out), "--steps", "5", "--save-every", "5", "--ema", "0.5", "--held-out", "1"]
+    arguments = ["train-inn", "--images", str(image_folder), *SMALL, "--batch", "4", *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run([*launch, str(COMMAND), *arguments], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("step 5: held-out") == 1  # the main process only
+    saved = sorted(path.name for path in out.iterdir())
+    assert saved == ["README.md", "config.json", "model.safetensors", SAMPLES_FILE, STATE_FILE]
+    together, alone = HighFrequencyINN.from_pretrained(out), HighFrequencyINN.from_pretrained(one.out)
+    assert together.config == alone.config
+    for got, want in zip(together.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
+
+
+def test_a_state_of_another_run_is_refused(image_folder):
+    config = configuration(image_folder, steps=2)
+    train(config)
     with pytest.raises(ValueError, match=r"another run \(different: batch, hidden\)"):
-        train_inn(replace(config, batch=1), replace(NETWORK, hidden=4))
+        train(replace(config, batch=1), replace(NETWORK, hidden=4))
 
 
-def test_a_damaged_state_is_an_error_and_left_alone(folder):
-    config = configuration(folder, steps=2)
-    train_inn(config, NETWORK)
+def test_what_does_not_change_the_parameters_may_differ(image_folder):
+    config = configuration(image_folder, steps=2)
+    want = train(config)
+    moved = replace(config, save_every=5, threads=0, validation=image_folder)
+    for got, parameter in zip(train(moved).parameters(), want.parameters(), strict=True):
+        assert torch.equal(got, parameter)
+
+
+def test_a_damaged_state_is_an_error_and_left_alone(image_folder):
+    config = configuration(image_folder, steps=2)
+    train(config)
     state = config.out / STATE_FILE
     state.write_bytes(state.read_bytes()[:1000])
     with pytest.raises(ValueError, match=r"cannot resume from .* delete it to start anew"):
-        train_inn(config, NETWORK)
+        train(config)
     assert state.stat().st_size == 1000
 
 
-def test_a_crop_that_the_levels_do_not_divide_is_refused(folder):
-    with pytest.raises(ValueError, match=r"crop must be a multiple of 2\^levels = 4, got 18"):
-        train_inn(configuration(folder, crop=18), NETWORK)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"crop": 18}, r"crop must be a multiple of 2\^levels = 4, got 18"),
+        ({"dataset": "x"}, "either images or dataset"),
+        ({"streaming": True}, "streaming needs a dataset"),
+        ({"ema": 1.0}, r"ema must be in \[0, 1\), got 1"),
+        ({"held_out": -1}, "held_out must be at least 0, got -1"),
+        ({"precision": "fp16"}, "precision must be one of .*, got 'fp16'"),
+        ({"least_scale": 2.0}, "least_scale must be"),
+        ({"seed": -1}, "seed must be"),
+    ],
+)
+def test_bad_options_are_refused(image_folder, options, message):
+    with pytest.raises(ValueError, match=message):
+        train(configuration(image_folder, **options))
 
 
 def test_a_kill_while_writing_leaves_the_old_file(tmp_path):
@@ -186,3 +276,15 @@ def test_a_kill_while_writing_leaves_the_old_file(tmp_path):
         checkpoints.write_atomically(path, half)
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["file.txt"]
+
+
+def test_the_average_forgets_its_start_early(image_folder):
+    """With a decay of 0.999 an average of 60 steps would still be the initialisation without a warm-up."""
+    config = configuration(image_folder, steps=60, ema=0.999, learning_rate=5e-3)
+    averaged = train(config)
+    state = torch.load(config.out / STATE_FILE, weights_only=True)
+    torch.manual_seed(config.seed)
+    start = HighFrequencyINN(NETWORK).state_dict()
+    gap = np.mean([float((averaged.state_dict()[k] - v).norm()) for k, v in state["network"].items()])
+    way = np.mean([float((start[k] - v).norm()) for k, v in state["network"].items()])
+    assert gap < 0.5 * way

@@ -52,7 +52,7 @@ def evaluate(network: HighFrequencyINN, paths: Sequence[Path], noises: Sequence[
     - Inverse error: largest |inverse(forward(image)) - image| of the photographs in [-1, 1].
     - Levels, with noise of the network's floor: standard deviation, excess kurtosis (0 if normal), correlation of
       neighbours (mean |r| over channels and both directions, 0 if white), code length and its share.
-    - Response: mean squared feature error of each distortion over that of white noise with equal pixel MSE, that of
+    - Response: mean squared feature error (MGHF-n, the mean of the levels) of each distortion over that of white noise with equal pixel MSE, that of
       a shift by one pixel, on the middle 256 x 256. Photographs on which a distortion cannot reach that MSE within
       10 % are left out and counted. A mean of ratios.
     """
@@ -298,9 +298,9 @@ def plot_features(path: Path, network: HighFrequencyINN, image: Tensor) -> None:
     axes[0, 0].imshow(image[0].permute(1, 2, 0).cpu().numpy())
     axes[0, 0].set_title("image")
     for i, (row, level) in enumerate(zip(axes, features, strict=True)):
-        level = level[0].cpu()
+        level = level[0].cpu().numpy()
         name = f"{level_name(i, len(features))}, {level.shape[0]} x {level.shape[1]} x {level.shape[2]}"
-        shown = row[1].imshow(level.square().mean(0).sqrt(), cmap="inferno", vmin=0, vmax=3)
+        shown = row[1].imshow(np.sqrt(np.square(level).mean(0)), cmap="inferno", vmin=0, vmax=3)
         row[1].set_title(f"{name}: RMS")
         figure.colorbar(shown, ax=row[1], shrink=0.8)
         for channel, axis in enumerate(row[2:]):
