@@ -20,7 +20,7 @@ from safetensors.torch import save as save_tensors
 
 from conftest import perturbed_inn
 from hub import Client, Hub, closed_url, fingerprint, jsd
-from mghf_loss import CheckpointError, DinoJSDLoss, HighFrequencyINN
+from mghf_loss import CheckpointError, DinoJSDLoss, HighFrequencyINN, checkpoints
 
 SMALL = {"levels": 1, "hidden": 4, "couplings": 1}
 DINO = "vit_small_patch14_dinov2.lvd142m"
@@ -113,6 +113,7 @@ def repositories(tmp_path_factory: pytest.TempPathFactory) -> Repositories:
             ("org/contested", "main"): good,
             ("org/net", "main"): good,
             ("org/net", "v1"): other,
+            ("org/bundled", "main"): {file: (checkpoints.BUNDLED / file).read_bytes() for file in (CONFIG, MODEL)},
             ("org/changed", "main"): {**good, MODEL: other[MODEL]},
             ("org/truncated", "main"): {**good, MODEL: good[MODEL][: len(good[MODEL]) // 2]},
             ("org/pickled", "main"): {CONFIG: good[CONFIG], PICKLE: malicious},
@@ -124,6 +125,7 @@ def repositories(tmp_path_factory: pytest.TempPathFactory) -> Repositories:
         {
             "main": fingerprint(main),
             "tagged": fingerprint(tagged),
+            "bundled": fingerprint(HighFrequencyINN.from_pretrained()),
             "dino": jsd(DinoJSDLoss(full)),
             "tiny": jsd(DinoJSDLoss(tiny)),
         },
@@ -143,6 +145,7 @@ def online(repositories: Repositories, home: Path) -> Answers:
         ["imports_timm", "org/net"],
         ["inn", "org/net"],
         ["inn", "org/net@v1"],
+        ["inn", "org/bundled"],
         ["inn", "org/net@v9"],
         ["inn", "org/changed"],
         ["inn", "org/truncated"],
@@ -196,6 +199,10 @@ def asked_of(hub: Hub, repo: str) -> list[str]:
 
 def test_hub_network_is_the_saved_one_bit_for_bit(online: Answers, repositories: Repositories):
     assert online.outcomes["inn", "org/net"].get("value") == repositories.expected["main"], online.outcomes
+
+
+def test_the_bundled_network_on_the_hub_is_the_bundled_one_bit_for_bit(online: Answers, repositories: Repositories):
+    assert online.outcomes["inn", "org/bundled"].get("value") == repositories.expected["bundled"], online.outcomes
 
 
 def test_second_load_downloads_nothing(online: Answers):

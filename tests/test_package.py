@@ -10,8 +10,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 import mghf_loss
+from mghf_loss import HighFrequencyINN
 
 SOURCE = Path(mghf_loss.__file__).parent
 REPOSITORY = Path(__file__).parents[1]
@@ -108,4 +110,11 @@ def test_wheel_holds_checkpoint_and_type_marker(tmp_path):
         assert f"mghf_loss/{name}" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert not [name for name in names if not name.startswith(("mghf_loss/", "mghf_loss-"))]
-    assert wheel.stat().st_size < 4 * 2**20
+    assert wheel.stat().st_size < 2**20
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    image = torch.rand(1, 3, 24, 40)
+    packed, bundled = (
+        HighFrequencyINN.from_pretrained(name).features(image)
+        for name in (tmp_path / "mghf_loss" / "weights", "bundled")
+    )
+    assert all(torch.equal(a, b) for a, b in zip(packed, bundled, strict=True))

@@ -52,9 +52,9 @@ def evaluate(network: HighFrequencyINN, paths: Sequence[Path], noises: Sequence[
     - Inverse error: largest |inverse(forward(image)) - image| of the photographs in [-1, 1].
     - Levels, with noise of the network's floor: standard deviation, excess kurtosis (0 if normal), correlation of
       neighbours (mean |r| over channels and both directions, 0 if white), code length and its share.
-    - Response: mean squared feature error (MGHF-n, the mean of the levels) of each distortion over that of white noise with equal pixel MSE, that of
-      a shift by one pixel, on the middle 256 x 256. Photographs on which a distortion cannot reach that MSE within
-      10 % are left out and counted. A mean of ratios.
+    - Response: mean squared feature error (MGHF-n, the mean of the levels) of each distortion over that of white
+      noise with equal pixel MSE, that of a shift by one pixel, on the middle 256 x 256. Photographs on which a
+      distortion cannot reach that MSE within 10 % are left out and counted. A mean of ratios.
     """
     levels, stride = network.config.levels, network.stride
     coded: dict[tuple[str, float], list[float]] = {}
