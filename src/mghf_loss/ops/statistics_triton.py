@@ -28,6 +28,7 @@ from torch import Tensor
 CHANNEL_BLOCK = 128  # channels of a block at most; more take several blocks
 PARTIAL_SHARE = 0.25  # partial Gram matrices may take this share of the inputs' bytes
 MOMENTS = 6
+MOMENT_PARTS = 8  # of a split: pivots, means relative to them, centred sums
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def statistics_triton(
     pairs = tile.blocks * (tile.blocks - 1) // 2
     slots = tile.blocks + pairs if gram else 0
     gram_parts = x.new_empty((batch, splits, slots, tile.channels, tile.channels), dtype=torch.float32)
-    moment_parts = x.new_empty((batch, splits, MOMENTS, channels), dtype=torch.float32)
+    moment_parts = x.new_empty((batch, splits, MOMENT_PARTS, channels), dtype=torch.float32)
     moments = x.new_empty((batch, MOMENTS, channels), dtype=torch.float32)
     gram_difference = x.new_empty((batch, channels, channels) if gram else 0, dtype=torch.float32)
     arguments = (x, y, moment_parts if keep is None else keep.contiguous(), gram_parts)
@@ -108,9 +109,10 @@ def statistics_triton(
             BLOCK_C=tile.channels,
             BLOCKS=tile.blocks,
             ROWS=rows,
+            **launch_options(4, 2),
         )
     _merge_moments_kernel[(triton.cdiv(channels, 16), batch)](
-        moment_parts, moments, channels, places, splits, split_places, BLOCK_C=16, BLOCK_S=32
+        moment_parts, moments, channels, places, splits, split_places, BLOCK_C=16, BLOCK_S=32, **launch_options(4, 1)
     )
     return gram_difference, moments
 
@@ -251,16 +253,17 @@ def _diagonal_kernel(
         yy_sum += tl.sum(v * v, 1)
         xy_sum += tl.sum(u * v, 1)
 
-    # Of this split: means, and sums about them.
     count = (last - first).to(tl.float32)
-    part = moment_ptr + (image * splits + split) * 6 * channels + rows
+    part = moment_ptr + (image * splits + split) * 8 * channels + rows
     inside = rows < channels
-    tl.store(part, x_pivot + x_sum / count, mask=inside)
-    tl.store(part + channels, y_pivot + y_sum / count, mask=inside)
-    tl.store(part + 2 * channels, xx_sum - x_sum * (x_sum / count), mask=inside)
-    tl.store(part + 3 * channels, yy_sum - y_sum * (y_sum / count), mask=inside)
-    tl.store(part + 4 * channels, xy_sum - x_sum * (y_sum / count), mask=inside)
-    tl.store(part + 5 * channels, error, mask=inside)
+    tl.store(part, x_pivot, mask=inside)
+    tl.store(part + channels, y_pivot, mask=inside)
+    tl.store(part + 2 * channels, x_sum / count, mask=inside)
+    tl.store(part + 3 * channels, y_sum / count, mask=inside)
+    tl.store(part + 4 * channels, xx_sum - x_sum * (x_sum / count), mask=inside)
+    tl.store(part + 5 * channels, yy_sum - y_sum * (y_sum / count), mask=inside)
+    tl.store(part + 6 * channels, xy_sum - x_sum * (y_sum / count), mask=inside)
+    tl.store(part + 7 * channels, error, mask=inside)
     if GRAM:
         slot = (image * splits + split) * (BLOCKS * (BLOCKS + 1) // 2) + block
         square = tl.arange(0, BLOCK_C)[:, None] * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
@@ -356,13 +359,14 @@ def _merge_moments_kernel(
     BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     # Grid (channel blocks, batch). Chan, Golub and LeVeque's update: sums about the means of the splits, plus the
-    # spread of these means, which are kept relative to the first one.
+    # spread of these means, which are kept relative to the first pivot: no digits are lost to a large mean.
     image = tl.program_id(1).to(tl.int64)
     columns = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = columns < channels
-    parts = part_ptr + image * splits * 6 * channels + columns[None, :]
-    x_origin = tl.load(part_ptr + image * splits * 6 * channels + columns, mask=inside, other=0.0)
-    y_origin = tl.load(part_ptr + image * splits * 6 * channels + channels + columns, mask=inside, other=0.0)
+    origin = part_ptr + image * splits * 8 * channels + columns
+    x_origin = tl.load(origin, mask=inside, other=0.0)
+    y_origin = tl.load(origin + channels, mask=inside, other=0.0)
+    parts = origin[None, :]
     total = places * 1.0  # a single place is a compile-time constant, without .to
 
     x_mean = tl.zeros((BLOCK_C,), tl.float32)
@@ -370,10 +374,11 @@ def _merge_moments_kernel(
     for start in range(0, splits, BLOCK_S):
         rows = start + tl.arange(0, BLOCK_S)[:, None]
         mask = (rows < splits) & inside[None, :]
-        part = parts + rows * 6 * channels
+        part = parts + rows * 8 * channels
         count = tl.maximum(tl.minimum(places - rows * split_places, split_places), 0).to(tl.float32)
-        x = tl.load(part, mask=mask, other=0.0) - x_origin[None, :]
+        x = tl.load(part, mask=mask, other=0.0) - x_origin[None, :] + tl.load(part + 2 * channels, mask=mask, other=0.0)
         y = tl.load(part + channels, mask=mask, other=0.0) - y_origin[None, :]
+        y += tl.load(part + 3 * channels, mask=mask, other=0.0)
         x_mean += tl.sum(count * x, 0)
         y_mean += tl.sum(count * y, 0)
     x_mean = x_mean / total
@@ -386,14 +391,17 @@ def _merge_moments_kernel(
     for start in range(0, splits, BLOCK_S):
         rows = start + tl.arange(0, BLOCK_S)[:, None]
         mask = (rows < splits) & inside[None, :]
-        part = parts + rows * 6 * channels
+        part = parts + rows * 8 * channels
         count = tl.maximum(tl.minimum(places - rows * split_places, split_places), 0).to(tl.float32)
-        x = tl.load(part, mask=mask, other=0.0) - x_origin[None, :] - x_mean[None, :]
-        y = tl.load(part + channels, mask=mask, other=0.0) - y_origin[None, :] - y_mean[None, :]
-        xx += tl.sum(tl.load(part + 2 * channels, mask=mask, other=0.0) + count * x * x, 0)
-        yy += tl.sum(tl.load(part + 3 * channels, mask=mask, other=0.0) + count * y * y, 0)
-        xy += tl.sum(tl.load(part + 4 * channels, mask=mask, other=0.0) + count * x * y, 0)
-        error += tl.sum(tl.load(part + 5 * channels, mask=mask, other=0.0), 0)
+        x = tl.load(part, mask=mask, other=0.0) - x_origin[None, :] + tl.load(part + 2 * channels, mask=mask, other=0.0)
+        y = tl.load(part + channels, mask=mask, other=0.0) - y_origin[None, :]
+        y += tl.load(part + 3 * channels, mask=mask, other=0.0)
+        x -= x_mean[None, :]
+        y -= y_mean[None, :]
+        xx += tl.sum(tl.load(part + 4 * channels, mask=mask, other=0.0) + count * x * x, 0)
+        yy += tl.sum(tl.load(part + 5 * channels, mask=mask, other=0.0) + count * y * y, 0)
+        xy += tl.sum(tl.load(part + 6 * channels, mask=mask, other=0.0) + count * x * y, 0)
+        error += tl.sum(tl.load(part + 7 * channels, mask=mask, other=0.0), 0)
 
     moment = moment_ptr + image * 6 * channels + columns
     tl.store(moment, x_origin + x_mean, mask=inside)
