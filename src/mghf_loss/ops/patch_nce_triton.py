@@ -77,7 +77,7 @@ def tiles(channels: int, precision: str, capability: tuple[int, int]) -> Tiles:
     else:
         sinkhorn = (128, 64, wide) if hopper else (64, 64, launch_options(4, 2))
         logits = nce = (64, 64, wide) if hopper else (32, 32, wide)
-    return Tiles(padded, (64 if padded <= 128 else 32, launch_options(4, 1)), logits, sinkhorn, nce)
+    return Tiles(padded, (64 if padded <= 64 else 32, launch_options(4, 1)), logits, sinkhorn, nce)
 
 
 def patch_nce_triton(

@@ -45,14 +45,24 @@ class Tiles:
     back_options: dict[str, int | bool]
 
 
-def tiles(channels: int, itemsize: int, precision: str, capability: tuple[int, int]) -> Tiles:
-    """Choose block sizes for features of `itemsize` bytes."""
-    block = min(CHANNEL_BLOCK, max(16, triton.next_power_of_2(channels)))
-    blocks = triton.cdiv(channels, block)
+def tiles(channels: int, itemsize: int, precision: str, capability: tuple[int, int], aligned: bool) -> Tiles:
+    """Choose block sizes for features of `itemsize` bytes.
+
+    `aligned`: places and strides divide by 16. Otherwise loads are not vectors and addresses take registers, so that
+    tiles must be smaller.
+    """
     hopper = capability[0] == 9  # 227 KB of shared memory; others have 99 KB at least
     high = precision == "high"
+    largest = CHANNEL_BLOCK if aligned or hopper else CHANNEL_BLOCK // 2
+    block = min(largest, max(16, triton.next_power_of_2(channels)))
+    blocks = triton.cdiv(channels, block)
+    off = launch_options(8, 2) if hopper or high else launch_options(8, 3)
     if block <= 16:
         forward, back = (64, launch_options(4, 3)), (16, 64 if high else 128, launch_options(4, 1))
+    elif not aligned:
+        forward = (16, launch_options(8, 1 if block > 64 or high else 2))
+        off = forward[1]
+        back = (16 if high else 32, 32, launch_options(8, 1))
     elif block <= 64:
         if high:
             forward = (32, launch_options(8, 2))
@@ -64,7 +74,6 @@ def tiles(channels: int, itemsize: int, precision: str, capability: tuple[int, i
     else:
         forward = (32, launch_options(8, 3)) if hopper and not high else (16, launch_options(8, 2))
         back = (16, 64, launch_options(8, 1)) if high else (32, 64, launch_options(8, 2))
-    off = launch_options(8, 2) if hopper or high else launch_options(8, 3)
     return Tiles(block, blocks, *forward, off, *back)
 
 
@@ -75,7 +84,7 @@ def statistics_triton(
     x, y = sr.flatten(2), gt.flatten(2)
     batch, channels, places = x.shape
     capability, processors = device_properties(x.device)
-    tile = tiles(channels, x.element_size(), precision, capability)
+    tile = tiles(channels, x.element_size(), precision, capability, _aligned(x, y))
     split_places = _split_places(x, tile, gram, processors)
     splits = triton.cdiv(places, split_places)
     pairs = tile.blocks * (tile.blocks - 1) // 2
@@ -123,7 +132,7 @@ def backward_triton(
     """As `backward_formula`, by one kernel."""
     x, y = sr.flatten(2), gt.flatten(2)
     batch, channels, places = x.shape
-    tile = tiles(channels, x.element_size(), precision, device_properties(x.device)[0])
+    tile = tiles(channels, x.element_size(), precision, device_properties(x.device)[0], _aligned(x, y))
     gradient = torch.empty_like(sr, memory_format=torch.contiguous_format)
     coefficients = coefficients.contiguous()
     grid = (triton.cdiv(places, tile.back_places), tile.blocks, batch)
@@ -161,6 +170,10 @@ def device_properties(device: torch.device) -> tuple[tuple[int, int], int]:
 def launch_options(warps: int, stages: int) -> dict[str, int | bool]:
     """Options of a kernel launch."""
     return {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}  # Triton 3.10 turns fusion off
+
+
+def _aligned(x: Tensor, y: Tensor) -> bool:
+    return all(size % 16 == 0 for size in (x.shape[2], *x.stride()[:2], *y.stride()[:2]))
 
 
 def _split_places(x: Tensor, tile: Tiles, gram: bool, processors: int) -> int:
