@@ -43,10 +43,10 @@ export -f cuda_tests losses
 export folder python
 
 "$python" -c 'import mghf_loss.ops as ops; print(ops.active_path())' | tee "$folder/path.txt"
-part tests 150 bash -c cuda_tests
+part tests 200 bash -c cuda_tests
 part checks 60 "$python" benchmarks/ops.py --device cuda --checks --out "$folder"
 part crossover 40 bash -c '"$python" benchmarks/ops.py --device cuda --crossover | tee "$folder/crossover.txt"'
-part losses 90 bash -c losses
-part ops 180 "$python" benchmarks/ops.py --device cuda --sample 0.01 --budget 0.1 --limit 130 --out "$folder"
+part losses 80 bash -c losses
+part ops 150 "$python" benchmarks/ops.py --device cuda --sample 0.01 --budget 0.1 --limit 110 --out "$folder"
 cat "$folder/status.txt"
 ! grep -qv "exit 0" "$folder/status.txt"

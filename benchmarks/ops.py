@@ -84,9 +84,9 @@ class Formula(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (jacobian,) = ctx.saved_tensors
-        return gradient[:, None] * jacobian, None, None, None
+        return gradients[0][:, None] * jacobian, None, None, None
 
 
 def plain_patch_nce(sr: Tensor, gt: Tensor, modulation: str, tolerance: float) -> Tensor:

@@ -1,5 +1,8 @@
 """What only a GPU can tell about the kernels: each prediction beside its measurement. Run by `ops.py --checks`."""
 
+# Compile-time parameters take plain Python values.
+# pyright: reportArgumentType=false
+
 from __future__ import annotations
 
 import importlib

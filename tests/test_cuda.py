@@ -69,6 +69,8 @@ def test_statistics_against_float64():
     for (channels, *size), dtype, precision in product(
         SIZES, (torch.float32, torch.float16, torch.bfloat16), ("fast", "high")
     ):
+        if dtype != torch.float32 and (precision == "high" or channels not in (9, 45, 189)):
+            continue  # every variant compiles for a second
         sr, gt = pair(2, channels, *size, dtype=dtype)
         weights = (torch.rand(2, channels, device=DEVICE) > 0.25).float()
         exact = statistics_and_gradient(sr.double(), gt.double(), weights, precision)
