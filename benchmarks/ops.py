@@ -250,9 +250,12 @@ def rates(case: dict[str, Any], median: float, ceiling: dict[str, float]) -> dic
     if case["operator"] == "statistics":
         achieved = 5 * elements * (2 if case["dtype"] == "bfloat16" else 4) / median / 1e6
         return {"rate": f"{achieved:.1f} GB/s", "share_of_ceiling": f"{achieved / ceiling['copy_gb_s']:.3f}"}
-    if case["modulation"] == "hard":  # the number of iterations is not known
-        return {"rate": "", "share_of_ceiling": ""}
-    products = 2 if case["modulation"] == "plain" else 2 + 2 * 50
+    if case["modulation"] == "plain":
+        products = 2
+    elif case["modulation"] == "hard" or case["places"] <= 512 or "fp16_tflop_s" not in ceiling:
+        return {"rate": "", "share_of_ceiling": ""}  # an unknown number of iterations, or of a stored matrix
+    else:
+        products = 2 + 2 * 50
     achieved = 2 * elements * case["places"] * products / median / 1e9
     peak = ceiling.get("fp16_tflop_s", ceiling["fp32_tflop_s"])
     return {"rate": f"{achieved:.3f} TFLOP/s", "share_of_ceiling": f"{achieved / peak:.3f}"}

@@ -100,7 +100,7 @@ def test_active_path_names_every_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {device.index}")
     monkeypatch.setattr(cuda, "_try", lambda device: "too old" if device.index else None)
-    monkeypatch.setattr(cuda, "version", lambda package: "3.9.0")
+    monkeypatch.setattr(cuda, "_triton_version", lambda: "3.9.0")
     path = ops.active_path()
     assert "Triton 3.9.0 kernels on cuda:0 (GPU 0)" in path
     assert "torch formula (too old) on cuda:1 (GPU 1)" in path

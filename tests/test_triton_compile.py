@@ -113,6 +113,8 @@ def test_compiles_without_spills(kernels, architecture, aligned, tmp_path):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3):
+        pytest.skip("ASTSource takes other arguments before Triton 3.3")
     compiled = 0
     problems = []
     for label, kernel, types, constants, options in kernels(architecture, aligned):

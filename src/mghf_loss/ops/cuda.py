@@ -10,7 +10,6 @@ import os
 import warnings
 from collections.abc import Callable
 from functools import cache
-from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
 
@@ -33,7 +32,7 @@ def active_path() -> str:
     for index in range(torch.cuda.device_count()):
         device = torch.device("cuda", index)
         reason = _try(device)
-        path = f"Triton {version('triton')} kernels" if reason is None else f"torch formula ({reason})"
+        path = f"Triton {_triton_version()} kernels" if reason is None else f"torch formula ({reason})"
         lines.append(f"{path} on {device} ({torch.cuda.get_device_name(device)})")
     return "; ".join(lines)
 
@@ -91,6 +90,12 @@ def with_fallback(name: str, kernel: str, formula: Callable[..., Any]) -> Callab
         return formula(sr, gt, *arguments)
 
     return run
+
+
+def _triton_version() -> str:
+    import triton
+
+    return triton.__version__
 
 
 class _Kernels:
