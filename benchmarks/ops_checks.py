@@ -18,6 +18,7 @@ from ops import MIB, fused_patch_nce, make_inputs, percentiles, samples
 from torch import Tensor
 
 from mghf_loss.ops import patch_nce_triton, statistics, statistics_triton
+from mghf_loss.ops.statistics_triton import _round_tf32
 
 formula = importlib.import_module("mghf_loss.ops.patch_nce")
 
@@ -29,8 +30,8 @@ def _tf32_kernel(a_ptr, b_ptr, out_ptr, SIZE: tl.constexpr, ROUND: tl.constexpr)
     a = tl.load(a_ptr + rows * SIZE + columns)
     b = tl.load(b_ptr + rows * SIZE + columns)
     if ROUND:
-        a = statistics_triton._round_tf32(a)
-        b = statistics_triton._round_tf32(b)
+        a = _round_tf32(a)
+        b = _round_tf32(b)
     tl.store(out_ptr + rows * SIZE + columns, tl.dot(a, b, input_precision="tf32"))
 
 

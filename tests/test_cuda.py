@@ -99,11 +99,10 @@ def test_patch_nce_against_float64():
         options = {"modulation": modulation, "iterations": 10, "tolerance": 0.0}
         exact = nce_and_gradient(sr.double(), gt.double(), precision, **options)
         found = nce_and_gradient(sr, gt, precision, **options)
+        bound = BOUNDS[precision][1] * (5 if places == 2 else 1)  # so few values do not average rounding errors
         for name, value, want in zip(("loss", "gradient"), found, exact, strict=True):
             error = relative(value, want)
-            assert error <= BOUNDS[precision][1], (
-                f"{channels} x {places}, {modulation}, {precision}, {name}: {error:.1e}"
-            )
+            assert error <= bound, f"{channels} x {places}, {modulation}, {precision}, {name}: {error:.1e}"
     sr, gt = pair(1, 45, 700)
     options = {"eps": 0.05, "iterations": 20, "tolerance": 0.0}  # the running maximum
     exact, found = (
@@ -176,6 +175,7 @@ def test_compile_and_autocast():
 
 def mghfloss(precision: str, patches: int | None) -> tuple[Tensor, Tensor]:
     torch.manual_seed(0)
+    torch.backends.cudnn.deterministic = True
     criterion = MGHFLoss(inn=HighFrequencyINN(INNConfig(hidden=8)), patches=patches, precision=precision).to(DEVICE)
     gt = torch.rand(2, 3, 64, 80, device=DEVICE)
     sr = (gt + 0.1 * torch.randn_like(gt)).requires_grad_()
