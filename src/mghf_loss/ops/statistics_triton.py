@@ -70,7 +70,7 @@ def tiles(channels: int, itemsize: int, precision: str, capability: tuple[int, i
             forward = (64 if hopper else 32, launch_options(8, 3))
         else:
             forward = (32, launch_options(4, 3))
-        back = (16, 64, launch_options(8, 2)) if high else (block, 64, launch_options(8, 1))
+        back = (16, 64, launch_options(8, 1)) if high else (block, 64 if hopper else 32, launch_options(8, 1))
     else:
         forward = (32, launch_options(8, 3)) if hopper and not high else (16, launch_options(8, 2))
         back = (16, 64, launch_options(8, 1)) if high else (32, 64, launch_options(8, 2))
