@@ -210,20 +210,25 @@ class Candidate:
 
     def peak_bytes(self) -> int:
         """Most bytes allocated during forward and backward, above those before."""
-        if self.sr.is_cuda:
-            torch.cuda.reset_peak_memory_stats(self.sr.device)
-            before = torch.cuda.memory_allocated(self.sr.device)
-            self.forward_backward()
-            return torch.cuda.max_memory_allocated(self.sr.device) - before
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-            self.forward_backward()
-        with tempfile.TemporaryDirectory() as folder:
-            trace = Path(folder, "trace.json")
-            profiler.export_chrome_trace(str(trace))
-            events = json.loads(trace.read_text())["traceEvents"]
-        memory = sorted((event for event in events if event["name"] == "[memory]"), key=lambda event: event["ts"])
-        before = memory[0]["args"]["Total Allocated"] - memory[0]["args"]["Bytes"]
-        return max(event["args"]["Total Allocated"] for event in memory) - before
+        return peak_bytes(self.forward_backward, self.sr.device)
+
+
+def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
+    """Most bytes allocated on `device` during `run`, above those before."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder, "trace.json")
+        profiler.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+    memory = sorted((event for event in events if event["name"] == "[memory]"), key=lambda event: event["ts"])
+    before = memory[0]["args"]["Total Allocated"] - memory[0]["args"]["Bytes"]
+    return max(event["args"]["Total Allocated"] for event in memory) - before
 
 
 def storages(tensors: Iterable[Tensor]) -> dict[int, int]:

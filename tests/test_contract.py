@@ -243,6 +243,17 @@ def test_return_terms_per_image(inn):
     assert {value.shape for value in terms.values()} == {(3,)}
 
 
+def test_precision_is_checked_and_on_a_cpu_always_float32(inn):
+    sr, gt = random_pair()
+    values = []
+    for precision in ("fast", "high"):
+        torch.manual_seed(0)
+        values.append(MGHFLoss(inn=inn, precision=precision)(sr, gt))
+    assert torch.equal(*values)
+    with pytest.raises(ValueError, match=r"precision must be one of \('fast', 'high'\), got 'tf32'"):
+        MGHFLoss(inn=inn, precision="tf32")
+
+
 def test_a_term_with_coefficient_zero_is_not_computed(inn, monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("computed")

@@ -146,7 +146,7 @@ def test_dense_holds_no_square_of_places(monkeypatch):
     monkeypatch.setattr(module, "BLOCK", 2**14)
     sr, gt = torch.randn(2, 1, 3, 2048).unbind(0)
     with LargestTensor() as largest:
-        loss = module._patch_nce._init_fn(sr, gt, 0.07, "hard", 1.0, 1.0, 50, 1e-4, True)[0]
+        loss = module.patch_nce_formula(sr, gt, 0.07, "hard", 1.0, 1.0, 50, 1e-4, True, "fast")[0]
     assert loss.isfinite().all()
     assert largest.elements <= 2**14 < 2048**2
 
@@ -156,7 +156,7 @@ def test_dense_holds_no_square_of_places(monkeypatch):
 def test_opcheck(modulation):
     for with_jacobian in (True, False):
         sr = torch.randn(2, 4, 6, requires_grad=with_jacobian)
-        arguments = (sr, torch.randn(2, 4, 6), 0.07, modulation, 1.0, 1.0, 50, 1e-4, with_jacobian)
+        arguments = (sr, torch.randn(2, 4, 6), 0.07, modulation, 1.0, 1.0, 50, 1e-4, with_jacobian, "fast")
         result = torch.library.opcheck(torch.ops.mghf_loss.patch_nce.default, arguments)
         assert set(result.values()) == {"SUCCESS"}
 
@@ -265,3 +265,50 @@ def test_bad_options_are_named(option, value):
     level = torch.randn(1, 4, 5, 5)
     with pytest.raises(ValueError, match=rf"{option} must.*{value!r}"):
         terms.patch_nce(level, level, **{option: value})
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_operator_computes_half_precision_in_float32_whatever_autocast_says(dtype):
+    sr, gt = torch.randn(2, 2, 5, 12).to(dtype).unbind(0)
+    expected = patch_nce(sr.float(), gt.float())
+    sr.requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = patch_nce(sr, gt)
+        (gradient,) = torch.autograd.grad(found.sum(), sr)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected)
+    assert gradient.dtype == dtype
+
+
+def test_operator_compiles_without_graph_breaks_and_takes_any_strides():
+    sr, gt = torch.randn(2, 2, 12, 5).transpose(2, 3).unbind(0)
+    sr.requires_grad_()
+    (expected,) = torch.autograd.grad(patch_nce(sr.contiguous(), gt.contiguous()).sum(), sr)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda sr, gt: patch_nce(sr, gt).sum(), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(torch.autograd.grad(compiled(sr, gt), sr)[0], expected)
+
+
+def test_precision_is_checked_and_changes_nothing_in_the_formula():
+    sr, gt = torch.randn(2, 2, 5, 12).unbind(0)
+    assert torch.equal(patch_nce(sr, gt, precision="high"), patch_nce(sr, gt, precision="fast"))
+    for call in (patch_nce, terms.patch_nce):
+        levels = (sr, gt) if call is patch_nce else (sr[..., None], gt[..., None])
+        with pytest.raises(ValueError, match=r"precision must be one of .* got 'low'"):
+            call(*levels, precision="low")
+
+
+VECTORS = torch.randn(1, 3, 8)
+BAD_VECTORS = {
+    "four dimensions": ((VECTORS[None], VECTORS[None]), {}, ValueError, r"\(B, C, N\), got \(1, 1, 3, 8\)"),
+    "other shape": ((VECTORS, VECTORS[..., 1:]), {}, ValueError, r"got \(1, 3, 8\) and \(1, 3, 7\)"),
+    "integers": ((VECTORS, VECTORS.int()), {}, TypeError, "got torch.float32 and torch.int32"),
+    "modulation": ((VECTORS, VECTORS), {"modulation": "medium"}, ValueError, "modulation must be .* got 'medium'"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_VECTORS)
+def test_bad_arguments_of_the_operator_are_named(case):
+    arguments, options, error, message = BAD_VECTORS[case]
+    with pytest.raises(error, match=message):
+        patch_nce(*arguments, **options)

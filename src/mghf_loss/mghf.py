@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from functools import partial
 from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, overload
@@ -17,6 +16,8 @@ from . import images, terms
 from .channel_weights import entropy_channel_weights
 from .dino import DEFAULT_MODEL, DinoJSDLoss
 from .frozen import Frozen
+from .ops import second_order_statistics
+from .ops.precision import Precision, check_precision
 
 if TYPE_CHECKING:
     from .inn import HighFrequencyINN
@@ -89,6 +90,8 @@ class MGHFLoss(nn.Module):
         prune: fraction of channels, those of least entropy, that are dropped, in [0, 1).
         reduction: `"mean"`, `"sum"` or `"none"` (per image).
         dino: the DINO term's model; see `DinoJSDLoss`.
+        precision: of the terms' matrix products in the CUDA kernels: `"fast"` (tf32 and fp16 operands, float32 sums) or
+            `"high"` (as accurate as float32). The networks, and everything on a CPU, compute in float32 either way.
 
     Raises:
         ValueError, TypeError: from the constructor or `forward`, naming what came and what was expected.
@@ -107,6 +110,7 @@ class MGHFLoss(nn.Module):
         prune: float = 0.25,
         reduction: terms.Reduction = "mean",
         dino: str | nn.Module = DEFAULT_MODEL,
+        precision: Precision = "fast",
     ) -> None:
         super().__init__()
         self.coefficients = _check_coefficients(coefficients)
@@ -117,6 +121,7 @@ class MGHFLoss(nn.Module):
             raise ValueError(f"prune must be a fraction in [0, 1), got {prune!r}")
         self.prune = prune
         self.reduction: terms.Reduction = terms.check_reduction(reduction)
+        self.precision: Precision = check_precision(precision)
         self.inn = _frozen_inn(inn) if set(self.coefficients) - {"dino_jsd"} else None
         self.dino = (
             DinoJSDLoss(dino, input_range=input_range, reduction="none") if "dino_jsd" in self.coefficients else None
@@ -180,18 +185,39 @@ class MGHFLoss(nn.Module):
         if self.inn is not None:
             sr_features, gt_features = _pair_features(self.inn.network, sr, gt, self.input_range)
             weights = [entropy_channel_weights(level, self.prune) for level in gt_features]
-            levels = list(zip(sr_features, gt_features, weights, strict=True))
-            patch_nce = partial(terms.patch_nce, patches=self.patches, modulation=self.modulation, generator=generator)
+            levels = zip(sr_features, gt_features, weights, strict=True)
+            per_level = [self._level_terms(*level, generator) for level in levels]
+            values = {name: _mean([level[name] for level in per_level]) for name in per_level[0]}
+        if self.dino is not None:
+            values["dino_jsd"] = self.dino(sr, gt)
+        return values
+
+    def _level_terms(
+        self, sr: Tensor, gt: Tensor, weights: Tensor, generator: torch.Generator | None
+    ) -> dict[str, Tensor]:
+        """Terms of one level by name, per image (B,); all but PatchNCE share one pass over the features."""
+        wanted = self.coefficients.keys()
+        values: dict[str, Tensor] = {}
+        if wanted & {"content", "style", "correlation"}:
+            statistics = second_order_statistics(sr, gt, weights, gram="style" in wanted, precision=self.precision)
             for name, term in (
                 ("content", terms.content),
                 ("style", terms.style),
                 ("correlation", terms.correlation),
-                ("patch_nce", patch_nce),
             ):
-                if name in self.coefficients:
-                    values[name] = _mean([term(s, g, w, reduction="none") for s, g, w in levels])
-        if self.dino is not None:
-            values["dino_jsd"] = self.dino(sr, gt)
+                if name in wanted:
+                    values[name] = term(sr, gt, weights, reduction="none", statistics=statistics)
+        if "patch_nce" in wanted:
+            values["patch_nce"] = terms.patch_nce(
+                sr,
+                gt,
+                weights,
+                patches=self.patches,
+                modulation=self.modulation,
+                generator=generator,
+                reduction="none",
+                precision=self.precision,
+            )
         return values
 
     def extra_repr(self) -> str:

@@ -3,6 +3,10 @@
 Every term takes `reduction`: `"mean"` (a 0-d tensor, the default), `"sum"`, or `"none"` for one value per
 image, (B,). `channel_weights` (B, C) multiply the features of both images (in `correlation`, they weight the mean
 over channels). GT carries no gradient. All is computed in float32 at least, whatever autocast says.
+
+Content, style and correlation are functions of the level's second-order statistics, which take one pass over its
+features. Whoever wants more than one of them computes `mghf_loss.ops.second_order_statistics` once and passes it as
+`statistics`, with the same channel weights; the features themselves are not read then.
 """
 
 from __future__ import annotations
@@ -15,6 +19,8 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .ops import SecondOrderStatistics, second_order_statistics
+from .ops.precision import Precision
 
 Reduction = Literal["mean", "sum", "none"]
 Modulation = Literal["plain", "hard", "easy"]
@@ -24,7 +30,7 @@ Term = TypeVar("Term", bound=Callable[..., Tensor])
 
 
 def _term(function: Term) -> Term:
-    """Check the levels, detach GT, and compute `function` of them in float32 at least."""
+    """Check the levels and the reduction, and compute `function` without autocast and without gradient to GT."""
 
     @wraps(function)
     def term(sr_level: Tensor, gt_level: Tensor, *arguments: Any, **options: Any) -> Tensor:
@@ -34,9 +40,8 @@ def _term(function: Term) -> Term:
                 f"got {tuple(sr_level.shape)} and {tuple(gt_level.shape)}"
             )
         check_reduction(options.get("reduction", "mean"))
-        dtype = torch.promote_types(torch.promote_types(sr_level.dtype, gt_level.dtype), torch.float32)
         with torch.autocast(sr_level.device.type, enabled=False):
-            return function(sr_level.to(dtype), gt_level.detach().to(dtype), *arguments, **options)
+            return function(sr_level, gt_level.detach(), *arguments, **options)
 
     return cast(Term, term)
 
@@ -48,13 +53,20 @@ def content(
     channel_weights: Tensor | None = None,
     *,
     reduction: Reduction = "mean",
+    statistics: SecondOrderStatistics | None = None,
 ) -> Tensor:
     """mean over c, y, x of (w_c (F_sr - F_gt))^2, in [0, inf), 0 iff the weighted features are equal.
 
     Reference: arXiv 2411.13548 (MGHF), MGHF-n and the content term of MGHF-c.
     """
-    difference = _weighted(sr_level - gt_level, channel_weights)
-    return reduce(difference.square().mean((1, 2, 3)), reduction)
+    if statistics is None:  # nothing to share: the other statistics would cost more than the error
+        dtype = torch.promote_types(torch.promote_types(sr_level.dtype, gt_level.dtype), torch.float32)
+        error = (sr_level.to(dtype) - gt_level.to(dtype)).square().mean((2, 3))
+    else:
+        error = statistics.squared_error
+    if channel_weights is not None:
+        error = error * channel_weights.square()
+    return reduce(error.mean(1), reduction)
 
 
 @_term
@@ -64,6 +76,8 @@ def style(
     channel_weights: Tensor | None = None,
     *,
     reduction: Reduction = "mean",
+    precision: Precision = "fast",
+    statistics: SecondOrderStatistics | None = None,
 ) -> Tensor:
     """mean over c, d of (G_sr - G_gt)^2 with G = F F^T / (C H W) of weighted features, in [0, inf).
 
@@ -71,15 +85,13 @@ def style(
 
     Reference: arXiv 2411.13548 (MGHF), style term; Gatys et al., CVPR 2016, eq. 3-4 (there without 1/(C H W)).
     """
-    sr, gt = (
-        _weighted(sr_level, channel_weights).flatten(2),
-        _weighted(gt_level, channel_weights).flatten(2),
-    )
-    scale = (sr.shape[1] * sr.shape[2]) ** -0.5  # before the product: no overflow, no lost digits
-    # F_s F_s^T - F_g F_g^T = (D M^T + M D^T) / 2 with D = F_s - F_g, M = F_s + F_g: one product instead of two,
-    # and nothing cancels when SR is close to GT.
-    product = torch.bmm((sr - gt) * scale, ((sr + gt) * scale).transpose(1, 2))
-    difference = 0.5 * (product + product.transpose(1, 2))
+    if statistics is None:
+        statistics = second_order_statistics(sr_level, gt_level, channel_weights, precision=precision)
+    difference = statistics.gram_difference
+    if difference is None:
+        raise ValueError("style needs statistics with gram=True, got gram_difference=None")
+    if channel_weights is not None:
+        difference = difference * channel_weights[:, :, None] * channel_weights[:, None]
     return reduce(difference.square().mean((1, 2)), reduction)
 
 
@@ -91,6 +103,7 @@ def correlation(
     *,
     eps: float = 1e-4,
     reduction: Reduction = "mean",
+    statistics: SecondOrderStatistics | None = None,
 ) -> Tensor:
     """sum_c w_c (1 - r_c) / sum_c w_c, r_c Pearson's r of SR and GT over the places of c, in [0, 2] up to rounding.
 
@@ -99,10 +112,10 @@ def correlation(
 
     Reference: arXiv 2411.13548 (MGHF), CSC, content-style consistency; eps and the weighting are our choice.
     """
-    sr, gt = sr_level.flatten(2), gt_level.flatten(2)
-    sr, gt = sr - sr.mean(2, keepdim=True), gt - gt.mean(2, keepdim=True)
-    covariance = (sr * gt).mean(2) + eps
-    r = covariance * ((sr.square().mean(2) + eps) * (gt.square().mean(2) + eps)).rsqrt()
+    if statistics is None:
+        statistics = second_order_statistics(sr_level, gt_level, channel_weights, gram=False)
+    scale = ((statistics.variance_sr + eps) * (statistics.variance_gt + eps)).rsqrt()
+    r = (statistics.covariance + eps) * scale
     weights = torch.ones_like(r) if channel_weights is None else channel_weights
     return reduce(((1 - r) * weights).sum(1) / weights.sum(1), reduction)
 
@@ -122,6 +135,7 @@ def patch_nce(
     tolerance: float = 1e-4,
     generator: torch.Generator | None = None,
     reduction: Reduction = "mean",
+    precision: Precision = "fast",
 ) -> Tensor:
     """mean over places i of -log(e^{s_ii/T} / (e^{s_ii/T} + sum_{j != i} w_ij e^{s_ij/T})), in nats, [0, inf).
 
@@ -141,9 +155,10 @@ def patch_nce(
         eps: entropic regularisation of the transport plan.
         negative_weight: Q.
         iterations: Sinkhorn iterations at most.
-        tolerance: error of the plan's log row sums at which Sinkhorn stops (on a CPU).
+        tolerance: error of the plan's log row sums at which Sinkhorn stops (see `mghf_loss.ops.patch_nce`).
         generator: source of the random places; the global one of the device where None.
         reduction: over the batch.
+        precision: `"fast"` or `"high"`, see `mghf_loss.ops.patch_nce`.
 
     Reference: arXiv 2411.13548 (MGHF), LIP, local information preservation; Park et al., ECCV 2020 (PatchNCE);
     Zhan et al., CVPR 2022 (MoNCE). T, eps and Q are MoNCE's.
@@ -158,15 +173,20 @@ def patch_nce(
         device = sr.device if generator is None else generator.device
         places = torch.randperm(sr.shape[2], generator=generator, device=device)[:patches].to(sr.device)
         sr, gt = sr[:, :, places], gt[:, :, places]
+    dtype = torch.promote_types(torch.promote_types(sr.dtype, gt.dtype), torch.float32)
+    sr, gt = sr.to(dtype), gt.to(dtype)
+    if channel_weights is not None:
+        sr, gt = sr * channel_weights[..., None], gt * channel_weights[..., None]
     loss = ops.patch_nce(
-        _weighted(sr, channel_weights),
-        _weighted(gt, channel_weights),
+        sr,
+        gt,
         temperature=temperature,
         modulation=modulation,
         eps=eps,
         negative_weight=negative_weight,
         iterations=iterations,
         tolerance=tolerance,
+        precision=precision,
     )
     return reduce(loss.mean(1), reduction)
 
@@ -197,9 +217,3 @@ def check_patches(patches: int | None) -> int | None:
     if patches is not None and (not isinstance(patches, int) or isinstance(patches, bool) or patches < 2):
         raise ValueError(f"patches must be an integer of at least 2, or None for every place, got {patches!r}")
     return patches
-
-
-def _weighted(features: Tensor, channel_weights: Tensor | None) -> Tensor:
-    if channel_weights is None:
-        return features
-    return features * channel_weights.reshape(*channel_weights.shape, *[1] * (features.ndim - 2))

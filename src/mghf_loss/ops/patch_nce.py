@@ -30,12 +30,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .precision import Precision, check_precision
+
 # Elements of the largest block of pairs that is held at a time: 64 MiB in float32.
 BLOCK = 2**24
 
 
-@torch.library.custom_op("mghf_loss::patch_nce", mutates_args=())
-def _patch_nce(
+def patch_nce_formula(
     sr: Tensor,
     gt: Tensor,
     temperature: float,
@@ -45,44 +46,53 @@ def _patch_nce(
     iterations: int,
     tolerance: float,
     with_jacobian: bool,
+    precision: str,
 ) -> tuple[Tensor, Tensor]:
-    """Loss of every place (B, N) and its gradient with respect to the SR vector there (B, C, N)."""
-    query, inverse_norm = _unit_vectors(sr)
-    key, _ = _unit_vectors(gt)
-    batch, channels, places = query.shape
-    loss = query.new_zeros(batch, places)
-    jacobian = query.new_zeros(batch, channels, places) if with_jacobian else query.new_empty(0)
-    if places < 2:  # no negatives
+    """Loss of every place (B, N) and its gradient with respect to the SR vector there (B, C, N), or an empty tensor.
+
+    In float32 at least, whatever `precision` and autocast say.
+    """
+    with torch.autocast(sr.device.type, enabled=False):
+        dtype = _compute_dtype(sr, gt)
+        query, inverse_norm = _unit_vectors(sr.to(dtype))
+        key, _ = _unit_vectors(gt.to(dtype))
+        batch, channels, places = query.shape
+        loss = query.new_zeros(batch, places)
+        jacobian = query.new_zeros(batch, channels, places) if with_jacobian else query.new_empty(0)
+        if places < 2:  # no negatives
+            return loss, jacobian
+        slope = 1 / temperature
+        row_potential = column_potential = query.new_zeros(batch, places)
+        log_weight = math.log(negative_weight)
+        if modulation != "plain":
+            sharpness = (1 if modulation == "hard" else -1) / eps
+            row_potential, column_potential = transport_potentials(query, key, sharpness, iterations, tolerance)
+            slope += sharpness
+            log_weight += math.log(places - 1)
+        for rows in _row_blocks(batch, places):
+            similarity = torch.bmm(query[:, :, rows].transpose(1, 2), key)
+            positive = similarity.diagonal(rows.start, 1, 2) / temperature
+            # softmax over the negatives j != i
+            logits = _exclude_diagonal(similarity * slope + column_potential[:, None], rows)
+            highest = logits.amax(2, keepdim=True)
+            share = logits.sub_(highest).exp_()
+            total = share.sum(2, keepdim=True)
+            negative = log_weight + row_potential[:, rows] + (highest + total.log()).squeeze(2)
+            loss[:, rows] = F.softplus(negative - positive)
+            if with_jacobian:
+                attended = torch.bmm(key, (share / total).transpose(1, 2))
+                pull = torch.sigmoid(negative - positive) / temperature
+                gradient = pull[:, None] * (attended - key[:, :, rows])
+                # through the normalisation q = f / |f|
+                along = (gradient * query[:, :, rows]).sum(1, keepdim=True) * query[:, :, rows]
+                jacobian[:, :, rows] = (gradient - along) * inverse_norm[:, :, rows]
         return loss, jacobian
-    slope = 1 / temperature
-    row_potential = column_potential = query.new_zeros(batch, places)
-    log_weight = math.log(negative_weight)
-    if modulation != "plain":
-        sharpness = (1 if modulation == "hard" else -1) / eps
-        row_potential, column_potential = transport_potentials(query, key, sharpness, iterations, tolerance)
-        slope += sharpness
-        log_weight += math.log(places - 1)
-    for rows in _row_blocks(batch, places):
-        similarity = torch.bmm(query[:, :, rows].transpose(1, 2), key)
-        positive = similarity.diagonal(rows.start, 1, 2) / temperature
-        # softmax over the negatives j != i
-        logits = _exclude_diagonal(similarity * slope + column_potential[:, None], rows)
-        highest = logits.amax(2, keepdim=True)
-        share = logits.sub_(highest).exp_()
-        total = share.sum(2, keepdim=True)
-        negative = log_weight + row_potential[:, rows] + (highest + total.log()).squeeze(2)
-        loss[:, rows] = F.softplus(negative - positive)
-        if with_jacobian:
-            attended = torch.bmm(key, (share / total).transpose(1, 2))
-            pull = torch.sigmoid(negative - positive) / temperature
-            gradient = pull[:, None] * (attended - key[:, :, rows])
-            # through the normalisation q = f / |f|
-            along = (gradient * query[:, :, rows]).sum(1, keepdim=True) * query[:, :, rows]
-            jacobian[:, :, rows] = (gradient - along) * inverse_norm[:, :, rows]
-    return loss, jacobian
 
 
-@_patch_nce.register_fake
+operator = torch.library.custom_op("mghf_loss::patch_nce", patch_nce_formula, mutates_args=())
+
+
+@operator.register_fake
 def _(
     sr: Tensor,
     gt: Tensor,
@@ -93,24 +103,29 @@ def _(
     iterations: int,
     tolerance: float,
     with_jacobian: bool,
+    precision: str,
 ) -> tuple[Tensor, Tensor]:
     batch, _, places = sr.shape
-    return sr.new_empty(batch, places), torch.empty_like(
-        sr, memory_format=torch.contiguous_format
-    ) if with_jacobian else (sr.new_empty(0))
+    dtype = _compute_dtype(sr, gt)
+    return sr.new_empty((batch, places), dtype=dtype), sr.new_empty(sr.shape if with_jacobian else 0, dtype=dtype)
 
 
 def _keep_jacobian(ctx, inputs, output) -> None:
+    ctx.dtype = inputs[0].dtype
     ctx.save_for_backward(output[1])
     ctx.mark_non_differentiable(output[1])
 
 
 def _backward(ctx, loss_gradient: Tensor, _) -> tuple[Tensor | None, ...]:
     (jacobian,) = ctx.saved_tensors
-    return loss_gradient[:, None] * jacobian, *[None] * 8
+    return (loss_gradient[:, None] * jacobian).to(ctx.dtype), *[None] * 9
 
 
-_patch_nce.register_autograd(_backward, setup_context=_keep_jacobian)
+operator.register_autograd(_backward, setup_context=_keep_jacobian)
+
+
+def _compute_dtype(sr: Tensor, gt: Tensor) -> torch.dtype:
+    return torch.promote_types(torch.promote_types(sr.dtype, gt.dtype), torch.float32)
 
 
 def patch_nce(
@@ -123,25 +138,38 @@ def patch_nce(
     negative_weight: float = 1.0,
     iterations: int = 50,
     tolerance: float = 1e-4,
+    precision: Precision = "fast",
 ) -> Tensor:
     """Modulated PatchNCE of every place: vectors (B, C, N) of SR and GT -> loss in nats (B, N).
 
     Every place's positive is the same place of `gt`, its negatives are all other places of the same image.
     Gradient flows to `sr` only. A zero vector has similarity 0 to all and gradient 0; N = 1 gives 0.
-    Memory beyond inputs and outputs is bounded by a block of pairs (see `BLOCK`), not N^2.
+    Memory beyond inputs and outputs does not grow with N^2: it is bounded by a block of pairs in the torch formula (see
+    `BLOCK`), and by 4 bytes for each pair of up to 512 places in the Triton kernels, which beyond hold none.
 
     Args:
-        sr: query vectors, float32 or float64.
+        sr: query vectors, any floating dtype; float64 stays float64, all else is computed in float32.
         gt: key vectors, detached.
         temperature: T.
         modulation: `"hard"`, `"easy"` or `"plain"`.
         eps: entropic regularisation of the transport.
         negative_weight: Q, weight of all negatives against the positive.
         iterations: Sinkhorn iterations at most.
-        tolerance: stop when no log row marginal is off by more than this (CPU only: elsewhere the test
-            would wait for the device, and all iterations are made).
+        tolerance: stop when no log row marginal is off by more than this (on a CPU: of the whole batch; in the Triton
+            kernels: of an image; the torch formula on other devices makes all iterations, as the test would wait).
+        precision: of the unit vectors on CUDA. `"fast"`: fp16 (relative error of loss and gradient 2e-3 at most, at
+            T = 0.07); `"high"`: two fp16 numbers, as accurate as float32. The torch formula computes both in float32.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or options do not fit, naming what came.
     """
-    return _patch_nce(
+    if sr.ndim != 3 or sr.shape != gt.shape:
+        raise ValueError(f"sr and gt must have one shape (B, C, N), got {tuple(sr.shape)} and {tuple(gt.shape)}")
+    if not (sr.is_floating_point() and gt.is_floating_point()):
+        raise TypeError(f"sr and gt must be floating-point tensors, got {sr.dtype} and {gt.dtype}")
+    if modulation not in ("hard", "easy", "plain"):
+        raise ValueError(f"modulation must be 'hard', 'easy' or 'plain', got {modulation!r}")
+    return operator(
         sr,
         gt.detach(),
         temperature,
@@ -150,7 +178,8 @@ def patch_nce(
         negative_weight,
         iterations,
         tolerance,
-        sr.requires_grad,
+        sr.requires_grad and torch.is_grad_enabled(),
+        check_precision(precision),
     )[0]
 
 

@@ -1,0 +1,487 @@
+"""Cost of the operators: time, peak memory and achieved rates, against plain torch and the published formulation.
+
+    python benchmarks/ops.py                # all shapes that the device has time for
+    python benchmarks/ops.py --quick        # a few small ones
+    python benchmarks/ops.py --checks       # CUDA: predictions beside measurements
+    python benchmarks/ops.py --crossover    # where storing Sinkhorn's kernel matrix stops to pay
+    python benchmarks/ops.py --memory       # dense PatchNCE at 16 384 places of 189 channels
+
+A measurement is forward and backward together, for the gradient of SR. Implementations:
+
+- mghf-loss: the operator as it runs on the device (`mghf-loss info` says how).
+- eager, compiled: plain torch code and `torch.compile` of it. Statistics: the three terms written one by one, with
+  autograd. PatchNCE: the operator's torch formula, in blocks.
+- published: MoNCE as its authors compute it, all logits in memory, 50 unrolled Sinkhorn iterations with gradient.
+
+Time: median, 20th and 80th percentile over samples of as many calls as take `--sample` seconds. Peak memory: above
+inputs, as in losses.py. Rates: bytes of the maps that must move (statistics: 2 read forward, 2 read and 1 written
+backward) or multiply-adds that must be made (PatchNCE, one matrix product for similarities and one for the gradient;
+plus one for each half iteration of Sinkhorn where the number of iterations is fixed), over the time, and as a share of
+what a copy or a matrix product reached in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import importlib
+import json
+import re
+import subprocess
+import time
+from collections.abc import Callable
+from datetime import datetime, timezone
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from losses import device_name, peak_bytes, synchronize
+from torch import Tensor
+from tqdm import tqdm
+
+from mghf_loss import terms
+from mghf_loss.checkpoints import write_atomically
+from mghf_loss.ops import active_path, patch_nce, second_order_statistics
+from mghf_loss.tables import write_table
+
+MIB = 2**20
+Call = Callable[[Tensor, Tensor], Tensor]
+formula = importlib.import_module("mghf_loss.ops.patch_nce")  # the function of this name hides the module
+
+
+def fused_statistics(sr: Tensor, gt: Tensor) -> Tensor:
+    statistics = second_order_statistics(sr, gt)
+    return sum(
+        (term(sr, gt, statistics=statistics) for term in (terms.content, terms.style, terms.correlation)),
+        start=torch.zeros((), device=sr.device),
+    )
+
+
+def plain_statistics(sr: Tensor, gt: Tensor) -> Tensor:
+    """Content, style and correlation as one would write them."""
+    x, y = sr.flatten(2).float(), gt.flatten(2).float()
+    content = F.mse_loss(x, y)
+    size = x.shape[1] * x.shape[2]
+    style = F.mse_loss(x @ x.transpose(1, 2) / size, y @ y.transpose(1, 2) / size)
+    x, y = x - x.mean(2, keepdim=True), y - y.mean(2, keepdim=True)
+    r = ((x * y).mean(2) + 1e-4) * ((x.square().mean(2) + 1e-4) * (y.square().mean(2) + 1e-4)).rsqrt()
+    return content + style + (1 - r).mean()
+
+
+def fused_patch_nce(sr: Tensor, gt: Tensor, modulation: str, tolerance: float) -> Tensor:
+    return patch_nce(sr, gt, modulation=modulation, tolerance=tolerance).mean()
+
+
+class Formula(torch.autograd.Function):
+    """The operator's torch formula, which computes its own gradient."""
+
+    @staticmethod
+    def forward(ctx, sr: Tensor, gt: Tensor, modulation: str, tolerance: float) -> Tensor:
+        loss, jacobian = formula.patch_nce_formula(sr, gt, 0.07, modulation, 1.0, 1.0, 50, tolerance, True, "fast")
+        ctx.save_for_backward(jacobian)
+        return loss
+
+    @staticmethod
+    def backward(ctx, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (jacobian,) = ctx.saved_tensors
+        return gradients[0][:, None] * jacobian, None, None, None
+
+
+def plain_patch_nce(sr: Tensor, gt: Tensor, modulation: str, tolerance: float) -> Tensor:
+    loss = Formula.apply(sr, gt, modulation, tolerance)
+    assert isinstance(loss, Tensor)
+    return loss.mean()
+
+
+def published_patch_nce(sr: Tensor, gt: Tensor, modulation: str, tolerance: float) -> Tensor:
+    """As the released MoNCE code: -10 on the diagonal, 50 iterations, + 1e-8, gradient through the weights."""
+    query, key = F.normalize(sr.float(), dim=1).transpose(1, 2), F.normalize(gt.float(), dim=1)
+    places = query.shape[1]
+    similarity = query @ key
+    diagonal = torch.eye(places, dtype=torch.bool, device=sr.device)
+    positive = (query * key.transpose(1, 2)).sum(2, keepdim=True)
+    logits = similarity / 0.07
+    if modulation != "plain":
+        cost = (similarity if modulation == "hard" else 1 - similarity).masked_fill(diagonal, -10.0)
+        kernel = cost.exp()
+        u = v = torch.ones_like(positive)
+        for _ in range(50):
+            u = 1 / (kernel @ v)
+            v = 1 / (kernel.transpose(1, 2) @ u)
+        logits = logits + ((places - 1) * u * kernel * v.transpose(1, 2) + 1e-8).log()
+    logits = torch.cat([positive / 0.07, logits.masked_fill(diagonal, -10.0)], 2)
+    return F.cross_entropy(
+        logits.flatten(0, 1), torch.zeros(logits[..., 0].numel(), dtype=torch.long, device=sr.device)
+    )
+
+
+def compiled(call: Call) -> Call:
+    torch._dynamo.reset()
+    return torch.compile(call)
+
+
+def cases(quick: bool, device: torch.device) -> list[dict[str, Any]]:
+    """What is measured, cheap cases first: operator, shape, dtype, modulation and tolerance."""
+    on_gpu = device.type == "cuda"
+    statistics = [(1, 9, 32), (1, 12, 64), (1, 45, 32), (4, 45, 64)]
+    nce = [(1, 9, 256), (4, 45, 256), (1, 12, 1024), (1, 45, 1024)]
+    if not quick:
+        statistics += [(16, 9, 48), (1, 189, 32), (2, 189, 64)]
+        nce += [(16, 9, 256), (16, 189, 256), (1, 189, 1024)]
+    if not quick and on_gpu:
+        statistics += [
+            (16, 64, 64), (16, 9, 256), (32, 12, 128), (16, 45, 128), (8, 64, 256), (16, 189, 64), (8, 189, 128),
+        ]  # fmt: skip
+        nce += [
+            (16, 45, 1024),
+            (16, 12, 4096),
+            (16, 45, 4096),
+            (16, 64, 4096),
+            (4, 189, 4096),
+            (1, 189, 16384),
+            (1, 64, 65536),
+        ]
+    dtypes = ["float32", "bfloat16"] if on_gpu else ["float32"]
+    found = [
+        {"operator": "statistics", "batch": b, "channels": c, "places": side * side, "dtype": dtype, "modulation": ""}
+        for b, c, side in statistics
+        for dtype in dtypes
+    ]
+    for b, c, n in nce:
+        for modulation in ("plain", "hard", "hard, 50 iterations"):
+            found.append(
+                {
+                    "operator": "patch_nce",
+                    "batch": b,
+                    "channels": c,
+                    "places": n,
+                    "dtype": "float32",
+                    "modulation": modulation,
+                }
+            )
+    return found
+
+
+def implementations(case: dict[str, Any], device: torch.device, compile_too: bool) -> dict[str, Call]:
+    if case["operator"] == "statistics":
+        calls: dict[str, Call] = {"mghf-loss": fused_statistics, "eager": plain_statistics}
+        if compile_too:
+            calls["compiled"] = compiled(plain_statistics)
+        return calls
+    modulation = case["modulation"].split(",")[0]
+    tolerance = 0.0 if "50" in case["modulation"] else 1e-4
+    options = {"modulation": modulation, "tolerance": tolerance}
+    calls = {"mghf-loss": partial(fused_patch_nce, **options)}
+    pairs = case["batch"] * case["places"] ** 2
+    memory = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 4 * 2**30
+    if device.type == "cuda" and pairs <= 2**30:  # on a CPU the operator is this formula
+        calls["eager"] = partial(plain_patch_nce, **options)
+        if compile_too and case["places"] <= 256:  # 50 unrolled iterations compile for long
+            calls["compiled"] = compiled(partial(plain_patch_nce, **options))
+    if tolerance and pairs * 4 * 12 < memory:  # it keeps about 12 matrices of all pairs
+        calls["published"] = partial(published_patch_nce, **options)
+    return calls
+
+
+def make_inputs(case: dict[str, Any], device: torch.device) -> tuple[Tensor, Tensor]:
+    side = round(case["places"] ** 0.5)
+    shape = (side, side) if case["operator"] == "statistics" else (case["places"],)
+    gt = torch.randn(case["batch"], case["channels"], *shape, device=device)
+    sr = gt + 0.5 * torch.randn_like(gt)
+    dtype = getattr(torch, case["dtype"])
+    return sr.to(dtype).requires_grad_(), gt.to(dtype)
+
+
+def samples(run: Callable[[], object], device: torch.device, sample: float, budget: float) -> list[float]:
+    """Milliseconds of a call, of several samples of `sample` seconds within `budget` seconds."""
+
+    def seconds(calls: int) -> float:
+        synchronize(device)
+        start = time.perf_counter()
+        for _ in range(calls):
+            run()
+        synchronize(device)
+        return time.perf_counter() - start
+
+    run()
+    calls = max(1, round(sample / max(seconds(1), 1e-7)))
+    found: list[float] = []
+    start = time.perf_counter()
+    while len(found) < 5 or (len(found) < 50 and time.perf_counter() - start < budget):
+        found.append(seconds(calls) / calls * 1e3)
+        if time.perf_counter() - start > 4 * budget:
+            break
+    return found
+
+
+def percentiles(values: list[float]) -> list[float]:
+    levels = torch.tensor([0.2, 0.5, 0.8], dtype=torch.double)
+    return torch.tensor(values, dtype=torch.double).quantile(levels).tolist()
+
+
+def ceilings(device: torch.device) -> dict[str, float]:
+    """Measured GB/s of a copy, read and written, and TFLOP/s of the matrix products that the kernels use."""
+    on_gpu = device.type == "cuda"
+    source = torch.empty((2**28 if on_gpu else 2**24,), device=device)
+    target = torch.empty_like(source)
+    copy = percentiles(samples(lambda: target.copy_(source), device, 0.05, 0.5))[1]
+    found = {"copy_gb_s": 2 * source.numel() * 4 / copy / 1e6}
+    size = 8192 if on_gpu else 768
+    for name, dtype, tf32 in (
+        ("fp32", torch.float32, False),
+        ("tf32", torch.float32, True),
+        ("fp16", torch.float16, False),
+    ):
+        if name != "fp32" and not on_gpu:
+            continue
+        a = torch.randn(size, size, device=device).to(dtype)
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("high" if tf32 else "highest")
+        elapsed = percentiles(samples(lambda a=a: a @ a, device, 0.05, 0.5))[1]
+        torch.set_float32_matmul_precision(before)
+        found[f"{name}_tflop_s"] = 2 * size**3 / elapsed / 1e9
+    return found
+
+
+def rates(case: dict[str, Any], median: float, ceiling: dict[str, float]) -> dict[str, str]:
+    elements = case["batch"] * case["channels"] * case["places"]
+    if case["operator"] == "statistics":
+        achieved = 5 * elements * (2 if case["dtype"] == "bfloat16" else 4) / median / 1e6
+        return {"rate": f"{achieved:.1f} GB/s", "share_of_ceiling": f"{achieved / ceiling['copy_gb_s']:.3f}"}
+    if case["modulation"] == "plain":
+        products = 2
+    elif case["modulation"] == "hard" or case["places"] <= 512 or "fp16_tflop_s" not in ceiling:
+        return {"rate": "", "share_of_ceiling": ""}  # an unknown number of iterations, or of a stored matrix
+    else:
+        products = 2 + 2 * 50
+    achieved = 2 * elements * case["places"] * products / median / 1e9
+    peak = ceiling.get("fp16_tflop_s", ceiling["fp32_tflop_s"])
+    return {"rate": f"{achieved:.3f} TFLOP/s", "share_of_ceiling": f"{achieved / peak:.3f}"}
+
+
+def measure(arguments: argparse.Namespace, device: torch.device, path: Path) -> list[dict[str, Any]]:
+    """Measure all cases, writing the table after each, so that an interrupted run resumes (`--resume`)."""
+    ceiling = ceilings(device)
+    print("ceilings:", ", ".join(f"{name} {value:.3g}" for name, value in ceiling.items()))
+    environment = describe(device) | {name: f"{value:.4g}" for name, value in ceiling.items()}
+    rows: list[dict[str, Any]] = []
+    if arguments.resume and path.exists():
+        with path.open(newline="") as file:
+            rows = [row for row in csv.DictReader(file) if row["device"] == environment["device"]]
+    key = ("operator", "batch", "channels", "places", "dtype", "modulation", "implementation")
+    done = {tuple(str(row[name]) for name in key) for row in rows}
+    start = time.perf_counter()
+    for case in tqdm(cases(arguments.quick, device), desc="measure", unit="case"):
+        if time.perf_counter() - start > arguments.limit:
+            tqdm.write(f"stopped after {arguments.limit} s; --resume goes on")
+            break
+        sr, gt = make_inputs(case, device)
+        for name, call in implementations(case, device, not arguments.no_compile).items():
+            if tuple(str(value) for value in (*case.values(), name)) in done:
+                continue
+
+            def run(call: Call = call, sr: Tensor = sr, gt: Tensor = gt) -> None:
+                torch.autograd.grad(call(sr, gt), sr)
+
+            try:
+                p20, median, p80 = percentiles(samples(run, device, arguments.sample, arguments.budget))
+                peak = peak_bytes(run, device)
+            except Exception as error:  # a peer may run out of memory, or not compile
+                if name == "mghf-loss":
+                    raise
+                tqdm.write(f"skipped {name} of {case}: {type(error).__name__}: {str(error).splitlines()[0]}")
+                continue
+            rows.append(
+                case
+                | {
+                    "implementation": name,
+                    "median_ms": f"{median:.4f}",
+                    "p20_ms": f"{p20:.4f}",
+                    "p80_ms": f"{p80:.4f}",
+                    "peak_mib": f"{peak / MIB:.2f}",
+                }
+                | rates(case, median, ceiling)
+                | environment
+            )
+            write_table(path, rows)
+    return rows
+
+
+def describe(device: torch.device) -> dict[str, str]:
+    """Device, driver, versions, date."""
+    try:
+        triton = importlib.import_module("triton").__version__
+    except ModuleNotFoundError:
+        triton = ""
+    driver = ""
+    if device.type == "cuda":
+        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", f"--id={device.index or 0}"]
+        try:
+            driver = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        except (OSError, subprocess.CalledProcessError):
+            driver = "unknown"
+    return {
+        "device": device_name(device),
+        "driver": driver,
+        "threads": "" if device.type == "cuda" else str(torch.get_num_threads()),
+        "torch": torch.__version__,
+        "triton": triton,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def plot(table: Path, path: Path) -> None:
+    """Time of every implementation and case, from the table."""
+    from matplotlib import pyplot as plt
+
+    with table.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    operators = list(dict.fromkeys(row["operator"] for row in rows))
+    labels = {
+        operator: list(dict.fromkeys(case_label(row) for row in rows if row["operator"] == operator))
+        for operator in operators
+    }
+    height = 1.5 + 0.22 * max(map(len, labels.values()))
+    figure, axes = plt.subplots(
+        1, len(operators), figsize=(7.5 * len(operators), height), layout="constrained", squeeze=False
+    )
+    for axis, operator in zip(axes[0], operators, strict=True):
+        for name, marker in (("mghf-loss", "o"), ("eager", "s"), ("compiled", "^"), ("published", "x")):
+            chosen = [row for row in rows if row["operator"] == operator and row["implementation"] == name]
+            if chosen:
+                axis.plot(
+                    [float(row["median_ms"]) for row in chosen],
+                    [labels[operator].index(case_label(row)) for row in chosen],
+                    marker,
+                    label=name,
+                )
+        axis.set_yticks(range(len(labels[operator])), labels[operator])
+        axis.invert_yaxis()
+        axis.set_xscale("log")
+        axis.set_xlabel("forward + backward, ms")
+        axis.set_title(operator)
+        axis.grid(axis="x", alpha=0.3)
+        axis.legend()
+    figure.suptitle(f"{rows[0]['device']}, torch {rows[0]['torch']}")
+    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=100))
+    plt.close(figure)
+
+
+def case_label(row: dict[str, str]) -> str:
+    text = f"{row['batch']} x {row['channels']} x {row['places']}, {row['dtype']}"
+    return f"{text}, {row['modulation']}" if row["modulation"] else text
+
+
+def crossover(device: torch.device) -> None:
+    """Time of PatchNCE with a stored kernel matrix and with a recomputed one, 50 iterations."""
+    on_gpu = device.type == "cuda"
+    name = "patch_nce_triton" if on_gpu else "patch_nce"
+    module: Any = importlib.import_module(f"mghf_loss.ops.{name}")
+    constant = "STORED_PLACES" if on_gpu else "BLOCK"
+    before = getattr(module, constant)
+    print(f"{'batch':>6}{'channels':>9}{'places':>7}{'stored, ms':>12}{'recomputed, ms':>16}")
+    for batch, channels, places in [
+        (b, c, n)
+        for b in ((1, 16) if on_gpu else (1,))
+        for c in ((9, 45, 189) if on_gpu else (9, 189))
+        for n in ((128, 256, 512, 1024) if on_gpu else (512, 1024, 2048))
+    ]:
+        case = {"operator": "patch_nce", "batch": batch, "channels": channels, "places": places, "dtype": "float32"}
+        sr, gt = make_inputs(case, device)
+        found = []
+        # The torch formula stores the matrix where it fits in one block.
+        for value in (1024, 0) if on_gpu else (batch * places**2, batch * places**2 // 2):
+            setattr(module, constant, value)
+            with torch.no_grad():
+                run = partial(fused_patch_nce, sr, gt, "hard", 0.0)
+                found.append(percentiles(samples(run, device, 0.02, 0.5))[1])
+        print(f"{batch:>6}{channels:>9}{places:>7}{found[0]:>12.3f}{found[1]:>16.3f}", flush=True)
+    setattr(module, constant, before)
+
+
+def memory(device: torch.device, path: Path, run_published: bool) -> None:
+    """Peak memory of dense PatchNCE at 16 384 places of 189 channels, and what the published formulation needs."""
+    case = {"operator": "patch_nce", "batch": 1, "channels": 189, "places": 16384, "dtype": "float32"}
+    sr, gt = make_inputs(case, device)
+    matrix = 16384**2 * 4 / MIB
+
+    def run() -> None:
+        torch.autograd.grad(fused_patch_nce(sr, gt, "hard", 1e-4), sr)
+
+    def measured(name: str, run: Callable[[], object]) -> dict[str, str]:
+        start = time.perf_counter()
+        peak = peak_bytes(run, device) / MIB
+        return {
+            "implementation": name,
+            "peak_mib": f"{peak:.0f}",
+            "how": f"measured, {time.perf_counter() - start:.0f} s",
+        }
+
+    def published(sr: Tensor, gt: Tensor) -> None:
+        torch.autograd.grad(published_patch_nce(sr, gt, "hard", 0.0), sr)
+
+    rows = [measured("mghf-loss", run)]
+    if run_published:
+        rows.append(measured("published", partial(published, sr, gt)))
+    else:  # what it keeps is counted where it fits
+        matrices = peak_bytes(partial(published, *make_inputs({**case, "places": 1024}, device)), device) / (
+            1024**2 * 4
+        )
+        how = f"extrapolated: {matrices:.1f} N x N matrices, counted at N = 1024"
+        rows.append({"implementation": "published", "peak_mib": f"{matrices * matrix:.0f}", "how": how})
+    write_table(path, [row | describe(device) for row in rows])
+    for row in rows:
+        print(f"{row['implementation']}: {row['peak_mib']} MiB ({row['how']})")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Time, memory and rates of the operators, forward and backward.")
+    cuda = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=cuda, help="torch device (default cuda, where there is none cpu)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default %(default)s)")
+    parser.add_argument("--quick", action="store_true", help="a few small shapes")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--sample", type=float, default=0.02, help="seconds of a sample (default %(default)s)")
+    parser.add_argument("--budget", type=float, default=0.5, help="seconds of a measurement (default %(default)s)")
+    parser.add_argument("--limit", type=float, default=1e9, help="start no case after this many seconds")
+    parser.add_argument("--resume", action="store_true", help="keep the rows that the table has")
+    parser.add_argument("--checks", action="store_true", help="predictions beside measurements (CUDA)")
+    parser.add_argument("--crossover", action="store_true", help="stored against recomputed kernel matrix")
+    parser.add_argument("--memory", action="store_true", help="peak memory of dense PatchNCE at 16 384 places")
+    parser.add_argument("--published", action="store_true", help="with --memory: run the published one too (9 GB)")
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).parent / "results", help="folder of table and figure"
+    )
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    device = torch.device(arguments.device)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    name = device_name(device)
+    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") if device.type == "cuda" else device.type
+    print(f"{name}: {active_path()}")
+    if arguments.checks:
+        if device.type != "cuda":
+            raise SystemExit("--checks needs a CUDA device")
+        import ops_checks  # imports Triton
+
+        found = ops_checks.run(device)
+        write_atomically(
+            arguments.out / f"ops-checks-{slug}.json",
+            lambda path: path.write_text(json.dumps(describe(device) | {"checks": found}, indent=1) + "\n"),
+        )
+    elif arguments.crossover:
+        crossover(device)
+    elif arguments.memory:
+        memory(device, arguments.out / f"ops-memory-{slug}.csv", arguments.published)
+    else:
+        path = arguments.out / f"ops-{slug}.csv"
+        measure(arguments, device, path)
+        plot(path, path.with_suffix(".png"))
+        print(f"wrote {path} and {path.with_suffix('.png')}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,174 @@
+"""Second-order statistics of SR and GT features: all that content, style and correlation need, in one pass.
+
+With x, y (B, C, N) the features of SR and GT at N places, and means over the places,
+
+    gram_difference = (x x^T - y y^T) / (C N) = (d m^T + m d^T) / (2 C N),   d = x - y, m = x + y,
+    squared_error   = mean d^2,   variance = mean (x - mean x)^2,   covariance = mean (x - mean x)(y - mean y).
+
+One product gives the difference of two Gram matrices, and nothing cancels when SR is close to GT: at a distance of
+1e-3 the difference of two Gram matrices in tf32 is off by 2 %, this form by 3e-5. The squared error is summed by
+itself; from the diagonals of Gram matrices it would cancel in the same way. Variances are of centred values.
+
+The backward pass is one pass too: with A = (g + g^T) / (C N) of the gradient g of gram_difference,
+
+    dx = A x + (2 g_error d + 2 g_variance (x - mean x) + g_covariance (y - mean y) + g_mean) / N.
+
+GT gets no gradient. Channel weights multiply statistics, not features, so they cost nothing here: (w_c w_d) times
+gram_difference, w_c^2 times squared_error; a channel of weight 0 is not read.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .precision import Precision, check_precision
+
+
+class SecondOrderStatistics(NamedTuple):
+    """Statistics of one level, in float32 at least; 0 for the channels that were pruned."""
+
+    gram_difference: Tensor | None  # (B, C, C), None where it was not asked for; the rest (B, C)
+    mean_sr: Tensor
+    mean_gt: Tensor
+    variance_sr: Tensor
+    variance_gt: Tensor
+    covariance: Tensor
+    squared_error: Tensor
+
+
+def second_order_statistics(
+    sr: Tensor,
+    gt: Tensor,
+    channel_weights: Tensor | None = None,
+    *,
+    gram: bool = True,
+    precision: Precision = "fast",
+) -> SecondOrderStatistics:
+    """Gram difference, means, variances, covariance and squared error: (B, C, ...) of SR and GT -> (B, C, C), (B, C).
+
+    Gradient flows to `sr` only. Reads both inputs once forward and once backward where a kernel runs.
+
+    Args:
+        sr: features of SR, any floating dtype; float64 stays float64, all else is computed in float32.
+        gt: features of GT, of the same shape.
+        channel_weights: (B, C); not multiplied in, but where they are 0 the channel is not read.
+        gram: also compute the Gram difference.
+        precision: of the products with C x C matrices on CUDA, everything else is float32 always. `"fast"`: tf32, one
+            operand with its remainder (relative error 3e-4 at most); `"high"`: float32. The torch formula computes
+            both in float32.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or options do not fit, naming what came.
+    """
+    if sr.ndim < 3 or sr.shape != gt.shape:
+        raise ValueError(f"sr and gt must have one shape (B, C, ...), got {tuple(sr.shape)} and {tuple(gt.shape)}")
+    if sr.shape[2:].numel() == 0:
+        raise ValueError(f"sr and gt must have at least one place, got shape {tuple(sr.shape)}")
+    if not (sr.is_floating_point() and gt.is_floating_point()):
+        raise TypeError(f"sr and gt must be floating-point tensors, got {sr.dtype} and {gt.dtype}")
+    if channel_weights is not None and channel_weights.shape != sr.shape[:2]:
+        raise ValueError(f"channel_weights must have shape {tuple(sr.shape[:2])}, got {tuple(channel_weights.shape)}")
+    keep = None if channel_weights is None else channel_weights.detach() != 0
+    gram_difference, moments = operator(sr, gt.detach(), keep, gram, check_precision(precision))
+    return SecondOrderStatistics(gram_difference if gram else None, *moments.unbind(1))
+
+
+def statistics_formula(
+    sr: Tensor, gt: Tensor, keep: Tensor | None, gram: bool, precision: str
+) -> tuple[Tensor, Tensor]:
+    """Gram difference (B, C, C), or an empty tensor, and moments (B, 6, C) in the order of the named tuple."""
+    with torch.autocast(sr.device.type, enabled=False):
+        x, y = _maps(sr, gt)
+        channels, places = x.shape[1:]
+        difference = x - y
+        gram_difference = x.new_empty(0)
+        if gram:
+            scale = (channels * places) ** -0.5  # before the product: no overflow, no lost digits
+            product = torch.bmm(difference * scale, ((x + y) * scale).transpose(1, 2))
+            gram_difference = 0.5 * (product + product.transpose(1, 2))
+        mean_x, mean_y = x.mean(2, keepdim=True), y.mean(2, keepdim=True)
+        squared_error = difference.square_().mean(2)
+        x, y = x - mean_x, y - mean_y
+        moments = [mean_x.squeeze(2), mean_y.squeeze(2), x.square().mean(2), y.square().mean(2), (x * y).mean(2)]
+        moments = torch.stack([*moments, squared_error], 1)
+        if keep is not None:
+            moments = torch.where(keep[:, None], moments, 0)
+            if gram:
+                gram_difference = torch.where(keep[:, None] & keep[:, :, None], gram_difference, 0)
+    return gram_difference, moments
+
+
+def backward_formula(
+    sr: Tensor, gt: Tensor, keep: Tensor | None, mixing: Tensor | None, coefficients: Tensor, precision: str
+) -> Tensor:
+    """mixing @ x + a (x - y) + b (x - mean x) + c (y - mean y) + d, in the shape and dtype of `sr`.
+
+    `mixing` is (B, C, C); `coefficients` (B, 6, C) hold a, b, c, d, mean x and mean y. Both are 0 where `keep` is.
+    """
+    with torch.autocast(sr.device.type, enabled=False):
+        x, y = _maps(sr, gt)
+        a, b, c, d, mean_x, mean_y = coefficients[..., None].unbind(1)
+        # Differences stay explicit: a + b and b, c as factors of x and y would cancel when SR is close to GT.
+        gradient = torch.addcmul(d, x - mean_x, b).addcmul_(y - mean_y, c).addcmul_(x - y, a)
+        if mixing is not None:
+            gradient = gradient.baddbmm_(mixing, x)
+    return gradient.to(sr.dtype).reshape(sr.shape)
+
+
+operator = torch.library.custom_op("mghf_loss::second_order_statistics", statistics_formula, mutates_args=())
+backward_operator = torch.library.custom_op(
+    "mghf_loss::second_order_statistics_backward", backward_formula, mutates_args=()
+)
+
+
+@operator.register_fake
+def _(sr: Tensor, gt: Tensor, keep: Tensor | None, gram: bool, precision: str) -> tuple[Tensor, Tensor]:
+    batch, channels = sr.shape[:2]
+    dtype = _compute_dtype(sr, gt)
+    return (
+        sr.new_empty((batch, channels, channels) if gram else 0, dtype=dtype),
+        sr.new_empty((batch, 6, channels), dtype=dtype),
+    )
+
+
+@backward_operator.register_fake
+def _(
+    sr: Tensor, gt: Tensor, keep: Tensor | None, mixing: Tensor | None, coefficients: Tensor, precision: str
+) -> Tensor:
+    return torch.empty_like(sr, memory_format=torch.contiguous_format)
+
+
+def _keep_inputs(ctx, inputs, output) -> None:
+    sr, gt, keep, ctx.gram, ctx.precision = inputs
+    ctx.save_for_backward(sr, gt, keep, output[1])
+
+
+def _backward(ctx, gram_gradient: Tensor, moment_gradient: Tensor) -> tuple[Tensor | None, ...]:
+    sr, gt, keep, moments = ctx.saved_tensors
+    channels, places = sr.shape[1], sr.shape[2:].numel()
+    mean_sr_gradient, _, variance_gradient, _, covariance_gradient, error_gradient = moment_gradient.unbind(1)
+    gradients = [2 * error_gradient, 2 * variance_gradient, covariance_gradient, mean_sr_gradient]
+    coefficients = torch.cat([torch.stack(gradients, 1) / places, moments[:, :2]], 1)
+    mixing = None
+    if ctx.gram:
+        mixing = (gram_gradient + gram_gradient.transpose(1, 2)) / (channels * places)
+    if keep is not None:
+        coefficients = torch.where(keep[:, None], coefficients, 0)
+        mixing = None if mixing is None else torch.where(keep[:, None] & keep[:, :, None], mixing, 0)
+    return backward_operator(sr, gt, keep, mixing, coefficients, ctx.precision), *[None] * 4
+
+
+operator.register_autograd(_backward, setup_context=_keep_inputs)
+
+
+def _compute_dtype(sr: Tensor, gt: Tensor) -> torch.dtype:
+    return torch.promote_types(torch.promote_types(sr.dtype, gt.dtype), torch.float32)
+
+
+def _maps(sr: Tensor, gt: Tensor) -> tuple[Tensor, Tensor]:
+    """Features as (B, C, N) in float32 at least."""
+    dtype = _compute_dtype(sr, gt)
+    return sr.flatten(2).to(dtype), gt.flatten(2).to(dtype)

@@ -1,0 +1,106 @@
+"""Which implementation runs, and what is said about it. Needs no GPU: the functions that choose are called directly."""
+
+from __future__ import annotations
+
+import warnings
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from mghf_loss import ops
+from mghf_loss.ops import cuda
+
+SR, GT = torch.rand(2, 1, 3, 8).unbind(0)
+
+
+@pytest.fixture(autouse=True)
+def _fresh(monkeypatch):
+    monkeypatch.delenv("MGHF_LOSS_OPS", raising=False)
+    monkeypatch.setattr(cuda, "failures", {})
+    monkeypatch.setattr(cuda, "_warned", set())
+
+
+def choose(monkeypatch, kernel) -> object:
+    """An operator of the kernel and a formula that returns its name, on a device that can run kernels."""
+    monkeypatch.setattr(cuda, "_reason_of_hardware", lambda device: None)
+    monkeypatch.setattr(cuda, "_kernels", lambda: SimpleNamespace(kernel=kernel))
+    return cuda.with_fallback("op", "kernel", lambda *_: "formula")
+
+
+def test_the_kernel_runs_where_it_can(monkeypatch):
+    assert choose(monkeypatch, lambda *_: "kernel")(SR, GT) == "kernel"
+
+
+def test_float64_takes_the_formula_without_a_word(monkeypatch):
+    run = choose(monkeypatch, lambda *_: "kernel")
+    assert run(SR.double(), GT) == "formula"
+    assert run(SR, GT.double()) == "formula"
+
+
+def test_the_environment_forces_the_formula_without_a_word(monkeypatch):
+    monkeypatch.setenv("MGHF_LOSS_OPS", "torch")
+    assert choose(monkeypatch, lambda *_: "kernel")(SR, GT) == "formula"
+
+
+def test_an_unknown_choice_in_the_environment_is_named(monkeypatch):
+    monkeypatch.setenv("MGHF_LOSS_OPS", "cuda")
+    with pytest.raises(ValueError, match="MGHF_LOSS_OPS must be 'torch' or unset, got 'cuda'"):
+        choose(monkeypatch, lambda *_: "kernel")(SR, GT)
+
+
+def test_a_failing_kernel_falls_back_with_one_warning_and_is_not_tried_again(monkeypatch):
+    calls = []
+
+    def kernel(*_):
+        calls.append(1)
+        raise RuntimeError("out of resource: shared memory")
+
+    run = choose(monkeypatch, kernel)
+    with pytest.warns(RuntimeWarning, match="op runs as torch formula on cpu.*RuntimeError: out of resource") as caught:
+        assert run(SR, GT) == "formula"
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert run(SR, GT) == "formula"
+    assert len(calls) == 1
+
+
+def test_out_of_memory_is_no_reason_to_take_more_memory(monkeypatch):
+    def kernel(*_):
+        raise torch.cuda.OutOfMemoryError("no memory")
+
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        choose(monkeypatch, kernel)(SR, GT)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"hip": "6.0"}, "ROCm"),
+        ({"triton": None}, "Triton is not installed"),
+        ({"capability": (7, 5)}, "compute capability 7.5, the kernels need 8.0"),
+        ({"capability": (10, 0)}, "compute capability 10.0, for which Triton miscompiles"),
+        ({}, None),
+    ],
+)
+def test_reasons_of_the_hardware(changes, reason, monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", changes.get("hip"))
+    monkeypatch.setattr(cuda, "find_spec", lambda name: changes.get("triton", "there"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: changes.get("capability", (9, 0)))
+    cuda._reason_of_hardware.cache_clear()
+    found = cuda.reason_against_kernels(torch.device("cuda", 0))
+    cuda._reason_of_hardware.cache_clear()
+    assert found is None if reason is None else reason in found
+
+
+def test_active_path_names_every_device(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert ops.active_path() == "torch formula on the CPU"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {device.index}")
+    monkeypatch.setattr(cuda, "_try", lambda device: "too old" if device.index else None)
+    monkeypatch.setattr(cuda, "_triton_version", lambda: "3.9.0")
+    path = ops.active_path()
+    assert "Triton 3.9.0 kernels on cuda:0 (GPU 0)" in path
+    assert "torch formula (too old) on cuda:1 (GPU 1)" in path

@@ -1,0 +1,72 @@
+"""The real Triton kernels, forward and backward at odd sizes, in Triton's interpreter against float64."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+if find_spec("triton") is not None:
+    import numpy
+    import triton
+
+    versions = [tuple(map(int, module.__version__.split(".")[:2])) for module in (triton, numpy)]
+    if versions[0] < (3, 7) and versions[1] >= (2, 4):
+        pytestmark = pytest.mark.skip(reason="the interpreter of Triton 3.6 and older fails with NumPy 2.4")
+
+FAST = {"statistics": 3e-4, "patch_nce": 2e-3}
+HALF_UNIT = 2.0**-24  # the exact value rounded to float32 is off by this much
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[dict]:
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    program = Path(__file__).with_name("triton_interpreted.py")
+    run = subprocess.run([sys.executable, str(program)], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return [json.loads(line) for line in run.stdout.splitlines()]
+
+
+def errors(rows: list[dict], operator: str, precision: str) -> list[tuple[str, float, float]]:
+    """Where, the kernel's error and the float32 formula's."""
+    found = [
+        (f"{row['case']}, {quantity}", error, row["native"][quantity])
+        for row in rows
+        if row["operator"] == operator and row["precision"] == precision
+        for quantity, error in row["kernel"].items()
+    ]
+    assert len(found) > 20
+    return found
+
+
+@pytest.mark.parametrize("operator", FAST)
+def test_high_errs_no_more_than_twice_the_float32_formula(operator, rows):
+    for where, error, native in errors(rows, operator, "high"):
+        assert error <= 2 * native + HALF_UNIT, f"{where}: {error:.1e}, formula {native:.1e}"
+
+
+@pytest.mark.parametrize("operator", FAST)
+def test_fast_keeps_its_bound(operator, rows):
+    for where, error, _ in errors(rows, operator, "fast"):
+        assert error <= FAST[operator], f"{where}: {error:.1e}"
+
+
+@pytest.mark.parametrize("way", ["stored", "streaming"])
+def test_sinkhorn_stops_early_on_the_device(way, rows):
+    (row,) = (row for row in rows if row["operator"] == "early stop" and row["case"] == way)
+    assert not row["same as full"]
+    assert row["stopped"] <= row["three"] < row["one"]
+    assert row["stopped"] < 1e-3
+
+
+@pytest.mark.parametrize(("precision", "bound"), [("high", 1e-5), ("fast", 2e-3)])
+def test_mghfloss_has_one_value_and_gradient_through_either_path(precision, bound, rows):
+    (row,) = (row for row in rows if row["operator"] == "MGHFLoss" and row["precision"] == precision)
+    assert row["kernel"]["loss"] <= bound
+    assert row["kernel"]["gradient"] <= bound

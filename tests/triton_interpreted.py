@@ -1,0 +1,199 @@
+"""Run the Triton kernels in Triton's interpreter, on a CPU, and print their errors against float64 as JSON.
+
+    TRITON_INTERPRET=1 python tests/triton_interpreted.py
+
+A program of its own, because the variable must be set before Triton is imported. For every case it prints the
+relative errors (Euclidean norm) of the kernels, and of the torch formula in float32, against the formula in float64.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+
+from mghf_loss import HighFrequencyINN, INNConfig, MGHFLoss
+from mghf_loss.ops import cuda, patch_nce_triton, statistics
+from mghf_loss.ops.statistics_triton import backward_triton, statistics_triton
+
+patch_nce = importlib.import_module("mghf_loss.ops.patch_nce")
+
+
+def relative(found: Tensor, exact: Tensor) -> float:
+    return ((found.double() - exact).norm() / exact.norm().clamp_min(1e-300)).item()
+
+
+def report(operator: str, name: str, precision: str, kernel: dict[str, float], native: dict[str, float]) -> None:
+    row = {"operator": operator, "case": name, "precision": precision, "kernel": kernel, "native": native}
+    print(json.dumps(row), flush=True)
+
+
+def statistics_case(name: str, shape: tuple[int, ...], precision: str, **options) -> None:
+    gt = options.get("mean", 0.0) + torch.randn(shape)
+    sr = gt + options.get("noise", 0.3) * torch.randn(shape)
+    if options.get("channels_last"):
+        sr, gt = (level.contiguous(memory_format=torch.channels_last) for level in (sr, gt))
+    sr, gt = (level.to(options.get("dtype", torch.float32)) for level in (sr, gt))
+    keep = torch.rand(shape[:2]) > 0.3 if options.get("pruned") else None
+    gram = options.get("gram", True)
+    arguments = (keep, gram, precision)
+    exact_gram, exact_moments = statistics.statistics_formula(sr.double(), gt.double(), *arguments)
+    mixing = torch.randn(*shape[:2], shape[1]) / shape[1] if gram else None
+    coefficients = torch.cat([torch.randn(shape[0], 4, shape[1]), exact_moments[:, :2].float()], 1)
+    wide = (None if mixing is None else mixing.double(), coefficients.double())
+    exact_gradient = statistics.backward_formula(sr.double(), gt.double(), keep, *wide, precision)
+    if keep is not None:  # the formula does not mask: its callers give zeros
+        mixing = mixing * keep[:, None] * keep[:, :, None]
+        coefficients = coefficients * keep[:, None]
+        wide = (mixing.double(), coefficients.double())
+        exact_gradient = statistics.backward_formula(sr.double(), gt.double(), keep, *wide, precision)
+
+    def errors(forward, backward) -> dict[str, float]:
+        gram_difference, moments = forward(sr, gt, *arguments)
+        gradient = backward(sr, gt, keep, mixing, coefficients, precision)
+        names = statistics.SecondOrderStatistics._fields[1:]
+        found = {name: relative(moments[:, i], exact_moments[:, i]) for i, name in enumerate(names)}
+        for i, level in enumerate((sr, gt)):  # a mean near 0 is as exact as the values are
+            found[names[i]] *= (exact_moments[:, i].norm() / level.double().square().mean((2, 3)).sqrt().norm()).item()
+        if gram:
+            found["gram_difference"] = relative(gram_difference, exact_gram)
+        if sr.dtype == torch.float32:  # a 16-bit gradient is as exact as its dtype
+            found["gradient"] = relative(gradient, exact_gradient)
+        return found
+
+    kernel = errors(statistics_triton, backward_triton)
+    report("statistics", name, precision, kernel, errors(statistics.statistics_formula, statistics.backward_formula))
+
+
+def patch_nce_case(name: str, shape: tuple[int, int, int], precision: str, **options) -> None:
+    patch_nce_triton.STORED_PLACES = 512 if options.get("stored", True) else 0
+    gt = torch.randn(shape)
+    sr = (gt + 0.7 * torch.randn(shape)) * options.get("scale", 1.0)
+    if options.get("zeros"):
+        sr[..., 0] = gt[..., 1] = 0
+    arguments = (
+        0.07,
+        options.get("modulation", "hard"),
+        options.get("eps", 1.0),
+        options.get("negative_weight", 1.0),
+        options.get("iterations", 8),
+        0.0,
+        True,
+        precision,
+    )
+    exact = patch_nce.patch_nce_formula(sr.double(), gt.double(), *arguments)
+
+    def errors(function) -> dict[str, float]:
+        found = function(sr, gt, *arguments)
+        return {key: relative(f, e) for key, f, e in zip(("loss", "gradient"), found, exact, strict=True)}
+
+    report("patch_nce", name, precision, errors(patch_nce_triton.patch_nce_triton), errors(patch_nce.patch_nce_formula))
+
+
+def early_stop_case(stored: bool) -> None:
+    """Both ways to iterate stop early: at a tolerance that the first iterations meet, all of 50 change little."""
+    patch_nce_triton.STORED_PLACES = 512 if stored else 0
+    sr, gt = torch.randn(2, 2, 9, 40).unbind(0)
+
+    def loss(iterations: int, tolerance: float) -> Tensor:
+        arguments = (0.07, "hard", 1.0, 1.0, iterations, tolerance, False, "high")
+        return patch_nce_triton.patch_nce_triton(sr, gt, *arguments)[0]
+
+    converged, stopped, three, one = loss(12, 0.0), loss(12, 1e-3), loss(3, 0.0), loss(1, 0.0)
+    print(
+        json.dumps(
+            {
+                "operator": "early stop",
+                "case": "stored" if stored else "streaming",
+                "stopped": (stopped - converged).abs().max().item(),
+                "three": (three - converged).abs().max().item(),
+                "one": (one - converged).abs().max().item(),
+                "same as full": torch.equal(stopped, converged),
+            }
+        ),
+        flush=True,
+    )
+
+
+def whole_loss_case(precision: str) -> None:
+    """MGHFLoss by the kernels against MGHFLoss by the formula."""
+    patch_nce_triton.STORED_PLACES = 512
+    torch.manual_seed(0)
+    inn = HighFrequencyINN(INNConfig(hidden=8))
+    criterion = MGHFLoss(inn=inn, patches=40, precision=precision)
+    gt = torch.rand(1, 3, 24, 24)
+    sr = (gt + 0.2 * torch.randn_like(gt)).requires_grad_()
+
+    def run() -> tuple[Tensor, Tensor]:
+        torch.manual_seed(1)
+        loss = criterion(sr, gt)
+        return loss.detach(), torch.autograd.grad(loss, sr)[0]
+
+    expected = run()
+    kernels = SimpleNamespace(
+        patch_nce=patch_nce_triton.patch_nce_triton, statistics=statistics_triton, statistics_backward=backward_triton
+    )
+    cuda._kernels, cuda.reason_against_kernels = lambda: kernels, lambda device: None
+    library = torch.library.Library("mghf_loss", "IMPL")
+    for name, kernel, formula in (
+        ("second_order_statistics", "statistics", statistics.statistics_formula),
+        ("second_order_statistics_backward", "statistics_backward", statistics.backward_formula),
+        ("patch_nce", "patch_nce", patch_nce.patch_nce_formula),
+    ):
+        library.impl(name, cuda.with_fallback(name, kernel, formula), "CPU")
+    found = run()
+    library._destroy()
+    assert not cuda.failures, cuda.failures
+    assert not torch.equal(found[1], expected[1])  # it was the kernels
+    errors = {key: relative(f, e.double()) for key, f, e in zip(("loss", "gradient"), found, expected, strict=True)}
+    report("MGHFLoss", "whole", precision, errors, {})
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    for precision in ("fast", "high"):
+        statistics_case("one place", (2, 3, 1, 1), precision)
+        statistics_case("C=9", (2, 9, 7, 9), precision)
+        statistics_case("C=12, pruned", (2, 12, 13, 11), precision, pruned=True)
+        statistics_case("C=45, several splits", (1, 45, 25, 23), precision)
+        statistics_case("C=45, close", (1, 45, 9, 7), precision, noise=1e-3)
+        statistics_case("C=189, two blocks", (1, 189, 5, 7), precision, pruned=True)
+        statistics_case("C=300, three blocks", (1, 300, 3, 5), precision)
+        statistics_case("channels_last", (2, 9, 7, 9), precision, channels_last=True)
+        statistics_case("without gram", (2, 9, 7, 9), precision, gram=False)
+        statistics_case("fp16", (1, 12, 7, 9), precision, dtype=torch.float16)
+        statistics_case("bf16", (1, 45, 7, 9), precision, dtype=torch.bfloat16)
+    statistics_case("mean 1000", (1, 16, 25, 23), "high", mean=1000.0)
+    for precision in ("fast", "high"):
+        for stored in (True, False):
+            way = "stored" if stored else "streaming"
+            patch_nce_case(f"C=9 N=33, {way}", (2, 9, 33), precision, stored=stored)
+            patch_nce_case(f"C=12 N=131, {way}", (1, 12, 131), precision, stored=stored, iterations=4)
+            patch_nce_case(
+                f"easy, Q=2, {way}",
+                (1, 45, 37),
+                precision,
+                stored=stored,
+                modulation="easy",
+                negative_weight=2.0,
+                eps=0.5,
+            )
+            patch_nce_case(f"eps=0.05, {way}", (1, 45, 67), precision, stored=stored, eps=0.05)
+        patch_nce_case("plain C=189", (1, 189, 70), precision, modulation="plain", stored=False)
+        patch_nce_case("C=189", (1, 189, 70), precision, iterations=2, stored=False)
+        patch_nce_case("tiny and zero vectors", (1, 9, 20), precision, scale=1e-9, zeros=True)
+        patch_nce_case("huge vectors", (1, 9, 20), precision, scale=1e30)
+    patch_nce_case("two places", (4, 9, 2), "fast", stored=False)
+    patch_nce_case("one place", (4, 9, 1), "fast")
+    early_stop_case(True)
+    early_stop_case(False)
+    for precision in ("fast", "high"):
+        whole_loss_case(precision)
+
+
+if __name__ == "__main__":
+    main()
