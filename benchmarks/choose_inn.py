@@ -67,6 +67,7 @@ CANDIDATES = {
     "noise 2": replace(BASE, noise_floor=2.0),
     "noise 4": replace(BASE, noise_floor=4.0),
     "noise 8": replace(BASE, noise_floor=8.0),
+    "noise 12": replace(BASE, noise_floor=12.0),
     "clamp 0.5": replace(BASE, clamp=0.5),
     "clamp 1": replace(BASE, clamp=1.0),
 }

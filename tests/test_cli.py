@@ -98,7 +98,7 @@ def test_eval_inn_prints_and_writes_tables_and_figures(tmp_path, capsys):
     arguments = ["eval-inn", str(images), "--noise", "6", "0", "--out", str(out), "--device", "cpu"]
     assert cli.main(arguments) == 0
     printed = capsys.readouterr().out
-    for name, rows in (("coders", 6), ("levels", 3), ("responses", 6)):
+    for name, rows in (("coders", 6), ("levels", 4), ("responses", 6)):
         with (out / f"{name}.csv").open() as file:
             table = list(csv.DictReader(file))
         assert len(table) == rows
@@ -130,7 +130,10 @@ def bad_commands(folder: Path) -> dict[str, tuple[list[str], str]]:
         "negative crop": (["train-inn", "--images", str(folder), "--crop", "-8"], "crop must be at least 1, got -8"),
         "negative rate": (["train-inn", "--images", str(folder), "--learning-rate", "-1"], "learning_rate must be"),
         "evaluation of nothing": (["eval-inn", str(folder / "empty")], "no images"),
-        "negative noise": (["eval-inn", str(folder), "--noise", "-1"], "--noise must be at least 0"),
+        "negative noise": (["eval-inn", str(folder), "--noise", "-1"], "--noise must be finite and at least 0"),
+        "noise that is no number": (["eval-inn", str(folder), "--noise", "nan"], "--noise must be finite"),
+        "no picture to draw": (["eval-inn", str(folder), "--features-of", "none.png"], "cannot read image none.png"),
+        "unknown data set": (["train-inn", "--dataset", str(folder / "empty"), "--streaming", "--cpu"], "data"),
         "no steps": (["demo", "--steps", "0"], "--steps must be at least 1"),
         "info of nothing": (["info", "--inn", str(folder / "x.safetensors")], "unknown checkpoint"),
     }
@@ -151,6 +154,9 @@ BAD_COMMANDS = [
     "negative rate",
     "evaluation of nothing",
     "negative noise",
+    "noise that is no number",
+    "no picture to draw",
+    "unknown data set",
     "no steps",
     "info of nothing",
 ]
@@ -182,10 +188,32 @@ def test_errors_are_one_line_and_exit_code_2(case, tmp_path, capsys):
     assert "Traceback" not in captured.err
 
 
-def test_a_missing_extra_is_named(pair, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "PIL", None)
-    assert cli.main(["compare", *pair]) == 2
-    assert "pip install 'mghf-loss[demo]'" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("command", "module", "extra"),
+    [
+        ("compare", "PIL", "demo"),
+        ("train-inn", "accelerate", "train"),
+        ("train-inn", "datasets", "train"),
+        ("train-inn", "tensorboard", "train"),
+        ("eval-inn", "matplotlib", "train"),
+    ],
+)
+def test_a_missing_extra_is_named(command, module, extra, pair, tmp_path, monkeypatch, capsys):
+    (tmp_path / "empty").mkdir()
+    out = ["--out", str(tmp_path / "out")]
+    small = ["--steps", "1", "--batch", "1", "--crop", "16", "--cpu", *out]
+    arguments = {
+        "compare": list(pair),
+        "accelerate": ["--images", str(tmp_path), *small],
+        "datasets": ["--dataset", "x", *small],
+        "tensorboard": ["--images", str(tmp_path), "--tensorboard", *small],
+        "eval-inn": [str(tmp_path), *out],
+    }
+    for loaded in [name for name in sys.modules if name.startswith(("mghf_loss.training", f"{module}."))]:
+        monkeypatch.delitem(sys.modules, loaded)
+    monkeypatch.setitem(sys.modules, module, None)
+    assert cli.main([command, *arguments.get(command, arguments.get(module, []))]) == 2
+    assert f"pip install 'mghf-loss[{extra}]'" in capsys.readouterr().err
 
 
 def test_the_installed_command_answers():

@@ -78,7 +78,9 @@ def test_features_of_white_noise_are_normal_and_white(whitener, grey_folder):
     result = evaluate(whitener, sorted(grey_folder.glob("*.png")), [SIGMA], "cpu")
     assert result.photographs == 2
     assert result.inverse_error < 1e-5
-    for row in result.levels:
+    *levels, low_pass = result.levels
+    assert low_pass["bits_per_value"] == 11
+    for row in levels:
         assert row["std"] == pytest.approx(1, abs=0.1)
         assert row["std_without_noise"] == pytest.approx(0, abs=1e-5)
         assert row["excess_kurtosis"] == pytest.approx(0, abs=0.6)
@@ -114,7 +116,23 @@ def test_distortions_grow_with_strength_up_to_the_asked_error(name):
     assert reached == pytest.approx(target, rel=0.15 if name == "JPEG" else 0.01)
 
 
-def test_an_image_too_small_is_named(whitener, tmp_path):
-    Image.new("RGB", (40, 7)).save(tmp_path / "strip.png")
-    with pytest.raises(ValueError, match=r"strip\.png is smaller than 8 x 8"):
-        evaluate(whitener, [tmp_path / "strip.png"], [0.0], "cpu")
+def test_what_cannot_be_measured_is_skipped_by_name(whitener, grey_folder):
+    Image.new("RGB", (40, 31)).save(grey_folder / "strip.png")
+    (grey_folder / "broken.png").write_bytes(b"no image")
+    paths = sorted(grey_folder.glob("*.png"))
+    with pytest.warns(UserWarning, match="skipped image") as warnings:
+        result = evaluate(whitener, paths, [0.0], "cpu")
+    messages = " ".join(str(warning.message) for warning in warnings)
+    assert "strip.png: 40 x 31 is smaller than 32 x 32" in messages
+    assert result.photographs == 2
+    assert result.skipped == [str(grey_folder / "broken.png"), str(grey_folder / "strip.png")]
+    with pytest.warns(UserWarning, match="skipped"), pytest.raises(ValueError, match="none of the 1 images"):
+        evaluate(whitener, [grey_folder / "strip.png"], [0.0], "cpu")
+
+
+def test_a_packet_has_one_share_for_all_details(grey_folder):
+    network = HighFrequencyINN(INNConfig(levels=2, couplings=1, hidden=4, variant="packet")).eval()
+    fine, coarse, low_pass = evaluate(network, sorted(grey_folder.glob("*.png")), [6.0], "cpu").levels
+    assert math.isnan(fine["share_of_bits"])
+    assert coarse["share_of_bits"] + low_pass["share_of_bits"] == pytest.approx(1)
+    assert low_pass["share_of_bits"] == pytest.approx(10 / (10 + 15 * coarse["bits_per_value"]))

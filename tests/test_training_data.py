@@ -17,6 +17,8 @@ from mghf_loss.training.data import (
     list_images,
     open_dataset,
     open_folder,
+    read_example,
+    read_held_out,
 )
 from mghf_loss.training.dead_leaves import dead_leaves
 
@@ -25,7 +27,7 @@ def crops_of(folder: Path, cropping: Cropping | None = None, **options) -> Folde
     return FolderCrops(list_images(folder), cropping or Cropping(16), **options)
 
 
-def parquet(folder: Path, contents: list[bytes], shards: int = 2) -> Path:
+def parquet(folder: Path, contents: list[bytes | None], shards: int = 2) -> Path:
     """A data set of encoded images in the layout of the Hub."""
     import datasets
 
@@ -34,7 +36,7 @@ def parquet(folder: Path, contents: list[bytes], shards: int = 2) -> Path:
     features = datasets.Features({"label": datasets.Value("int64"), "picture": datasets.Image()})
     for shard in range(shards):
         part = contents[shard::shards]
-        rows = {"label": [0] * len(part), "picture": [{"bytes": data, "path": None} for data in part]}
+        rows = {"label": [0] * len(part), "picture": [data and {"bytes": data, "path": None} for data in part]}
         datasets.Dataset.from_dict(rows, features=features).to_parquet(out / f"train-{shard:05d}.parquet")
     return out
 
@@ -145,7 +147,8 @@ def test_folders_without_images_are_refused(tmp_path):
 
 def test_held_out_images_are_not_trained_on(image_folder):
     source, held_out = open_folder(image_folder, Cropping(16), 2)
-    assert [tuple(image.shape) for image in held_out] == [(3, 48, 64)] * 2
+    assert len(held_out) == 2
+    assert not {str(path) for path in held_out} & {file.name for file in source.files}
     assert len(source.files) == 1
     with pytest.raises(ValueError, match="cannot hold out 3 of 3 images"):
         open_folder(image_folder, Cropping(16), 3)
@@ -167,8 +170,8 @@ def test_processes_and_resumed_runs_see_the_same_slots(image_folder, threads):
 def test_a_data_set_is_read_epoch_after_epoch_and_resumed_where_it_was(tmp_path, streaming):
     values = list(range(10, 90, 10))
     path = parquet(tmp_path, [encoded(value) for value in values])
-    source, held_out = open_dataset(str(path), "train", streaming, Cropping(16, seed=1), 2)
-    kept = {int(image[0, 0, 0]) for image in held_out}
+    source, held_out = open_dataset(str(path), None, "train", streaming, Cropping(16, seed=1), 2)
+    kept = {int(read_example(example)[0, 0, 0]) for example in held_out}
     assert len(kept) == 2
 
     def seen(start: int, steps: int) -> list[int]:
@@ -186,24 +189,44 @@ def test_a_data_set_is_read_epoch_after_epoch_and_resumed_where_it_was(tmp_path,
 def test_processes_share_a_stream(tmp_path):
     values = list(range(10, 90, 10))
     path = parquet(tmp_path, [encoded(value) for value in values])
-    source, _ = open_dataset(str(path), "train", True, Cropping(16), 0)
+    source, _ = open_dataset(str(path), None, "train", True, Cropping(16), 0)
     parts = [torch.cat(list(batches(source, 0, 2, 4, rank, 2))) for rank in range(2)]
     greys = [((part[:, 0, 0, 0] + 1) * 127.5).round().int().tolist() for part in parts]
     assert sorted(greys[0] + greys[1]) == values
 
 
 def test_damaged_images_of_a_stream_are_replaced_and_counted(tmp_path):
-    path = parquet(tmp_path, [encoded(50), b"no image", encoded(60, (8, 30)), encoded(70)], shards=1)
-    source, _ = open_dataset(str(path), "train", True, Cropping(16), 0)
+    path = parquet(tmp_path, [encoded(50), b"no image", None, encoded(60, (8, 30)), encoded(70)], shards=1)
+    source, _ = open_dataset(str(path), None, "train", True, Cropping(16), 0)
     with pytest.warns(UserWarning, match="skipped image") as warnings:
-        (batch,) = batches(source, 0, 1, 4)
+        (batch,) = batches(source, 0, 1, 5)
     messages = " ".join(str(warning.message) for warning in warnings)
     assert "8 x 30 is smaller than a crop of 16" in messages
-    assert "cannot read image image of slot" in messages
-    assert len(source.damaged) == 2
-    assert batch.shape == (4, 3, 16, 16)
+    assert "cannot read image without a path" in messages
+    assert "holds no image" in messages
+    assert len(source.damaged) == 3
+    assert batch.shape == (5, 3, 16, 16)
     constant = (batch.amax((1, 2, 3)) == batch.amin((1, 2, 3))).sum()
     assert constant == 2  # dead leaves are not
+
+
+def test_a_stream_without_a_usable_image_is_an_error(tmp_path):
+    path = parquet(tmp_path, [encoded(value, (8, 8)) for value in range(3)], shards=1)
+    source, _ = open_dataset(str(path), None, "train", True, Cropping(16), 0)
+    with pytest.warns(UserWarning, match="8 x 8"), pytest.raises(ValueError, match="100 images of the stream in a row"):
+        list(batches(source, 0, 50, 4))
+    assert len(source.damaged) == 3
+
+
+def test_held_out_images_are_cut_and_keep_nothing_else_in_memory(tmp_path):
+    Image.new("RGB", (90, 50)).save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes(b"no image")
+    damaged: set[str] = set()
+    with pytest.warns(UserWarning, match=r"b\.png"):
+        (image,) = read_held_out([tmp_path / "a.png", tmp_path / "b.png"], 64, 8, damaged)
+    assert image.shape == (3, 48, 64)
+    assert image.untyped_storage().nbytes() == image.numel()
+    assert damaged == {str(tmp_path / "b.png")}
 
 
 def test_a_data_set_without_images_is_refused(tmp_path):
@@ -212,13 +235,15 @@ def test_a_data_set_without_images_is_refused(tmp_path):
     (tmp_path / "text").mkdir()
     datasets.Dataset.from_dict({"text": ["a"]}).to_parquet(tmp_path / "text" / "train-00000.parquet")
     with pytest.raises(ValueError, match=r"no image column; its columns are \['text'\]"):
-        open_dataset(str(tmp_path / "text"), "train", True, Cropping(16), 0)
+        open_dataset(str(tmp_path / "text"), None, "train", True, Cropping(16), 0)
 
 
 def test_dead_leaves_are_images_with_edges_and_scale_invariant_contrast():
     images = torch.stack([dead_leaves(64, torch.Generator().manual_seed(seed)) for seed in range(32)])
     assert torch.equal(images[3], dead_leaves(64, torch.Generator().manual_seed(3)))
     assert images.abs().max() <= 1
+    levels = (images + 1) * 127.5
+    assert (levels - levels.round()).abs().max() < 1e-3  # 8-bit values
     assert images.std() > 0.3
     differences = (images[..., 1:] - images[..., :-1]).abs()
     assert (differences < 0.02).float().mean() > 0.5  # surfaces

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import platform
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -15,7 +16,7 @@ from . import checkpoints, ops
 from .images import check_pair, read_image
 from .mghf import MGHFLoss
 
-EXTRAS = {"train-inn": "train"}  # what a command needs where it is not "demo"
+EXTRAS = {"train-inn": "train", "eval-inn": "train"}  # what a command needs where it is not "demo"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -32,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"\nmghf-loss: interrupted{resumes}", file=sys.stderr)
         return 130
     except (RuntimeError, OSError, ValueError, TypeError) as error:  # CheckpointError is a RuntimeError
-        print(f"mghf-loss: error: {error}", file=sys.stderr)
+        print(f"mghf-loss: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
 
@@ -79,10 +80,11 @@ def _parser() -> argparse.ArgumentParser:
     data = train.add_mutually_exclusive_group(required=True)
     data.add_argument("--images", type=Path, help="folder of images, searched recursively")
     data.add_argument("--dataset", help="name or path for datasets.load_dataset, for instance imagenet-1k")
+    train.add_argument("--dataset-config", help="name of its configuration, where it has several")
     train.add_argument("--split", default="train", help="of the data set")
     train.add_argument("--streaming", action="store_true", help="read the data set as it comes, download nothing first")
     train.add_argument("--validation", type=Path, help="folder of images for the held-out code length")
-    train.add_argument("--held-out", type=int, default=0, help="training images set aside for it where there is none")
+    train.add_argument("--held-out", type=int, default=0, help="training images set aside for it, instead")
     train.add_argument("--out", type=Path, default=Path("runs/inn"), help="folder for network, state, pictures, logs")
     train.add_argument("--steps", type=int, default=20_000, help="optimiser steps, fixed for a run and its resumptions")
     train.add_argument("--batch", type=int, default=16, help="crops per step, over all processes")
@@ -212,19 +214,19 @@ def _train_inn(options: argparse.Namespace) -> None:
         return {field.name: getattr(options, field.name) for field in fields(config)}
 
     train_inn(TrainConfig(**chosen(TrainConfig)), INNConfig(**chosen(INNConfig)), options.cpu)
-    print(f"wrote {options.out}; use it with MGHFLoss(inn={str(options.out)!r})")
 
 
 def _eval_inn(options: argparse.Namespace) -> None:
     from .tables import format_table
     from .training.evaluation import eval_inn
 
-    if min(options.noise or [0.0]) < 0:
-        raise ValueError(f"--noise must be at least 0, got {options.noise}")
+    if not all(0 <= noise < math.inf for noise in options.noise or ()):
+        raise ValueError(f"--noise must be finite and at least 0, got {options.noise}")
     result = eval_inn(
         options.inn, options.images, options.out, options.noise or (), options.device, options.features_of
     )
-    print(f"\n{result.photographs} photographs, {options.inn}, {options.device}")
+    skipped = f", {len(result.skipped)} skipped" if result.skipped else ""
+    print(f"\n{result.photographs} photographs{skipped}, {options.inn}, {options.device}")
     print(f"largest error of the inverse: {result.inverse_error:.2g}\n")
     for title, table in (
         ("code length of the same 8-bit pixels", result.coders),

@@ -1,1 +1,1 @@
-"""Train your own invertible network on a folder of images: data, objective, loop."""
+"""Train your own invertible network on a folder, a data set or a stream of images, and evaluate it."""

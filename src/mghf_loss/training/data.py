@@ -1,13 +1,15 @@
 """Random crops of photographs, from a folder, a data set or a stream; every crop a function of (seed, slot).
 
-A training run of S steps with a batch of B consumes the slots 0 ... S * B - 1, whatever the number of processes. So
-a resumed run sees what an undisturbed one would have seen, and two processes see together what one would have.
+A training run of S steps with a batch of B consumes the slots 0 ... S * B - 1, whatever the number of processes, and a
+resumed run sees what an undisturbed one would have seen. From a folder, two processes see together what one would
+have; of a stream each process reads its own share.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
+import threading
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -29,6 +31,12 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 SHUFFLE_BUFFER = 1000  # undecoded examples of a stream
 CACHE_BYTES = 2**31  # of decoded images
 TRIES = 100  # damaged images in a row before a run gives up
+
+
+def slot_seed(purpose: str, seed: int, slot: int) -> int:
+    """Return a seed for one purpose in one slot: 32 bits, which is all that PyTorch's CPU generator keeps of a seed."""
+    digest = hashlib.blake2b(f"{purpose} {seed} {slot}".encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "big")
 
 
 @dataclass(frozen=True)
@@ -56,7 +64,7 @@ class Cropping:
 
     def generator(self, slot: int) -> torch.Generator:
         """The source of all that is random in a slot."""
-        return torch.Generator().manual_seed(self.seed * 1_000_003 + slot)
+        return torch.Generator().manual_seed(slot_seed("crop", self.seed, slot))
 
     def is_synthetic(self, generator: torch.Generator) -> bool:
         """Draw whether this slot holds dead leaves."""
@@ -77,9 +85,14 @@ class Cropping:
 
 
 class Source(Protocol):
-    """Where crops come from. `damaged` are the names of the images that could not be used, so far."""
+    """Where crops come from.
+
+    `damaged` are the names of the images that could not be used, so far; `digest` tells one set of images from
+    another, as far as that is known without reading them.
+    """
 
     damaged: set[str]
+    digest: str
 
     def jobs(self, slots: Iterable[int], rank: int, processes: int, skip: int) -> Iterator[Callable[[], Tensor]]:
         """Yield a function that makes the crop, for each of this process's slots; `skip` came before them."""
@@ -115,6 +128,7 @@ class FolderCrops:
         self.cropping, self.cache_bytes = cropping, cache_bytes
         self.cache: dict[int, Tensor] = {}
         self.damaged: set[str] = set()
+        self.lock = threading.Lock()
         self.files: list[ImageFile] = []
         for path in paths:
             try:
@@ -130,6 +144,8 @@ class FolderCrops:
             raise ValueError(f"no training image is readable and at least {cropping.size} x {cropping.size}")
         areas = torch.tensor([float(width * height) for width, height in (file.size for file in self.files)])
         self.ends = areas.double().cumsum(0)
+        listing = "\n".join(f"{Path(file.name).name} {file.size}" for file in self.files)
+        self.digest = hashlib.sha256(listing.encode()).hexdigest()[:16]
 
     def jobs(self, slots: Iterable[int], rank: int, processes: int, skip: int) -> Iterator[Callable[[], Tensor]]:
         """See `Source`."""
@@ -140,12 +156,14 @@ class FolderCrops:
         generator = self.cropping.generator(slot)
         if self.cropping.is_synthetic(generator):
             return dead_leaves(self.cropping.size, generator)
+        file = None
         for _ in range(TRIES):
             position = torch.rand((), generator=generator, dtype=torch.double) * self.ends[-1]
-            pixels = self._read(min(int(torch.searchsorted(self.ends, position)), len(self.files) - 1))
+            index = min(int(torch.searchsorted(self.ends, position)), len(self.files) - 1)
+            file, pixels = self.files[index], self._read(index)
             if pixels is not None:
                 return self.cropping.cut(pixels, generator)
-        raise ValueError(f"{TRIES} images drawn in a row could not be read, the last: {sorted(self.damaged)[-1]}")
+        raise ValueError(f"{TRIES} images drawn in a row could not be read, the last: {file and file.name}")
 
     def _read(self, index: int) -> Tensor | None:
         file = self.files[index]
@@ -157,17 +175,18 @@ class FolderCrops:
             _skip(self.damaged, file.name, error)
             return None
         # Decoding dominates a step on a CPU; decoded images are kept as far as they fit.
-        if self.cache_bytes >= pixels.numel():
-            self.cache[index] = pixels
-            self.cache_bytes -= pixels.numel()
+        with self.lock:
+            if index not in self.cache and self.cache_bytes >= pixels.numel():
+                self.cache[index] = pixels
+                self.cache_bytes -= pixels.numel()
         return pixels
 
 
 class StreamedCrops:
     """One crop of each image of a stream, shuffled in a buffer, epoch after epoch.
 
-    The n-th image of a process is the n-th of its share of the stream: resuming passes over those consumed
-    without decoding them. Where an image is damaged or smaller than a crop, dead leaves take its slot.
+    The n-th image of a process is the n-th of its share of the stream: resuming reads those consumed again, without
+    decoding them. Where an image is damaged or smaller than a crop, dead leaves take its slot.
 
     Args:
         stream: `datasets.IterableDataset` whose image column is not decoded.
@@ -179,28 +198,36 @@ class StreamedCrops:
     def __init__(self, stream: Any, column: str, cropping: Cropping, held_out: frozenset[str] = frozenset()) -> None:
         self.stream, self.column, self.cropping, self.held_out = stream, column, cropping, held_out
         self.damaged: set[str] = set()
+        self.digest = ""
+        self.failures = 0  # since the last good image
 
     def jobs(self, slots: Iterable[int], rank: int, processes: int, skip: int) -> Iterator[Callable[[], Tensor]]:
         """See `Source`."""
         examples = islice(self._examples(rank, processes), skip, None)
         return (partial(self.crop, slot, example) for slot, example in zip(slots, examples, strict=False))
 
-    def crop(self, slot: int, example: dict[str, Any]) -> Tensor:
+    def crop(self, slot: int, example: dict[str, Any] | None) -> Tensor:
         """Make the crop of a slot from an undecoded example."""
         generator = self.cropping.generator(slot)
         if self.cropping.is_synthetic(generator):
             return dead_leaves(self.cropping.size, generator)
-        name = example.get("path") or f"image of slot {slot}"
+        name = example_name(example)
         try:
-            pixels = read_example(example, name)
+            pixels = read_example(example)
             if min(pixels.shape[-2:]) < self.cropping.size:
                 raise OSError(_too_small((pixels.shape[-1], pixels.shape[-2]), self.cropping.size))
         except OSError as error:
             _skip(self.damaged, name, error)
+            self.failures += 1
+            if self.failures >= TRIES:
+                raise ValueError(
+                    f"{TRIES} images of the stream in a row could not be used, the last: {error}"
+                ) from None
             return dead_leaves(self.cropping.size, generator)
+        self.failures = 0
         return self.cropping.cut(pixels, generator)
 
-    def _examples(self, rank: int, processes: int) -> Iterator[dict[str, Any]]:
+    def _examples(self, rank: int, processes: int) -> Iterator[dict[str, Any] | None]:
         from datasets.distributed import split_dataset_by_node
 
         stream = self.stream.shuffle(seed=self.cropping.seed, buffer_size=SHUFFLE_BUFFER)
@@ -210,7 +237,7 @@ class StreamedCrops:
             stream.set_epoch(epoch)
             before = found
             for example in stream:
-                if example_key(example[self.column]) not in self.held_out:
+                if not self.held_out or example_key(example[self.column]) not in self.held_out:
                     found += 1
                     yield example[self.column]
             if found == before:
@@ -218,35 +245,48 @@ class StreamedCrops:
             epoch += 1
 
 
-def list_images(folder: str | Path) -> list[Path]:
-    """Return the image files below `folder`, sorted; raise `FileNotFoundError` where there are none."""
+def list_images(folder: str | Path, except_below: Path | None = None) -> list[Path]:
+    """Return the image files below `folder`, sorted, except those below another folder, which a command writes to.
+
+    Raises `FileNotFoundError` where there are none.
+    """
     folder = Path(folder)
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    if except_below is not None:
+        below = except_below.resolve()
+        paths = [path for path in paths if not path.resolve().is_relative_to(below)]
     if not paths:
         raise FileNotFoundError(f"no images ({', '.join(sorted(SUFFIXES))}) below {folder}")
     return paths
 
 
-def open_folder(folder: Path, cropping: Cropping, held_out: int) -> tuple[FolderCrops, list[Tensor]]:
-    """Return crops of the images below `folder` and `held_out` of the images, evenly spaced, for validation."""
-    paths = list_images(folder)
+def open_folder(
+    folder: Path, cropping: Cropping, held_out: int, except_below: Path | None = None
+) -> tuple[FolderCrops, list[Path]]:
+    """Return crops of the images below `folder`, and `held_out` of the images, evenly spaced, for validation."""
+    paths = list_images(folder, except_below)
     if held_out and held_out >= len(paths):
         raise ValueError(f"cannot hold out {held_out} of {len(paths)} images below {folder}")
     chosen = {i * len(paths) // held_out for i in range(held_out)}
     training = [path for i, path in enumerate(paths) if i not in chosen]
-    return FolderCrops(training, cropping), read_all(path for i, path in enumerate(paths) if i in chosen)
+    source = FolderCrops(training, cropping)
+    return source, [path for i, path in enumerate(paths) if i in chosen]
 
 
 def open_dataset(
-    name: str, split: str, streaming: bool, cropping: Cropping, held_out: int
-) -> tuple[StreamedCrops, list[Tensor]]:
-    """Return crops of a data set of the `datasets` library, and its first `held_out` images for validation.
+    name: str, config: str | None, split: str, streaming: bool, cropping: Cropping, held_out: int
+) -> tuple[StreamedCrops, list[dict[str, Any]]]:
+    """Return crops of a data set of the `datasets` library, and its first `held_out` examples for validation.
 
     Without `streaming` the data set is downloaded first, then read like a stream.
     """
     import datasets
+    from datasets.exceptions import DatasetsError
 
-    dataset = datasets.load_dataset(name, split=split, streaming=streaming)
+    try:
+        dataset = datasets.load_dataset(name, config, split=split, streaming=streaming)
+    except DatasetsError as error:
+        raise ValueError(f"cannot load the data set {name!r}: {error}") from error
     if isinstance(dataset, datasets.Dataset):
         dataset = dataset.to_iterable_dataset(num_shards=min(len(dataset), 64))
     columns = [key for key, feature in (dataset.features or {}).items() if isinstance(feature, datasets.Image)]
@@ -255,34 +295,54 @@ def open_dataset(
     column = columns[0]
     dataset = dataset.select_columns([column]).cast_column(column, datasets.Image(decode=False))
     first = [example[column] for example in dataset.take(held_out)] if held_out else []
-    images = [read_example(example, str(example.get("path"))) for example in first]
-    return StreamedCrops(dataset, column, cropping, frozenset(map(example_key, first))), images
+    return StreamedCrops(dataset, column, cropping, frozenset(map(example_key, first))), first
 
 
-def read_example(example: dict[str, Any], name: str) -> Tensor:
-    """Decode an example `{"bytes": ..., "path": ...}` of a data set as (3, H, W), uint8."""
+def read_example(example: dict[str, Any] | None) -> Tensor:
+    """Decode an example `{"bytes": ..., "path": ...}` of a data set as (3, H, W), uint8, or raise `OSError`."""
+    if example is None:
+        raise OSError("the example holds no image")
     if example.get("bytes") is not None:
-        return read_pixels(io.BytesIO(example["bytes"]), name)
+        return read_pixels(io.BytesIO(example["bytes"]), example_name(example))
     import fsspec  # remote paths, archives; the datasets library brings it
 
-    with fsspec.open(example["path"], "rb") as file:
-        return read_pixels(file, name)  # type: ignore[arg-type]
+    try:
+        with fsspec.open(example["path"], "rb") as file:
+            data = file.read()  # type: ignore[attr-defined]
+    except Exception as error:  # remote file systems raise what they like
+        raise OSError(f"cannot read image {example_name(example)}: {error}") from error
+    return read_pixels(io.BytesIO(data), example_name(example))
 
 
-def example_key(example: dict[str, Any]) -> str:
+def example_key(example: dict[str, Any] | None) -> str:
     """Tell examples apart: by a hash of their bytes, or by path where the bytes lie elsewhere."""
-    data = example.get("bytes")
-    return str(example.get("path")) if data is None else hashlib.sha1(data, usedforsecurity=False).hexdigest()
+    data = (example or {}).get("bytes")
+    return str((example or {}).get("path")) if data is None else hashlib.sha256(data).hexdigest()
 
 
-def read_all(paths: Iterable[Path]) -> list[Tensor]:
-    """Decode the images that can be read, each (3, H, W), uint8; warn of the others."""
+def example_name(example: dict[str, Any] | None) -> str:
+    """Name an example to a human: its path, or the start of its key."""
+    return (example or {}).get("path") or f"without a path ({example_key(example)[:12]})"
+
+
+def read_held_out(held_out: Iterable[Path | dict[str, Any]], side: int, stride: int, damaged: set[str]) -> list[Tensor]:
+    """Decode validation images, (3, h, w), uint8: the middle, at most `side` pixels, h and w multiples of `stride`.
+
+    Those that cannot be read or are smaller than `stride` are skipped by name.
+    """
     images = []
-    for path in paths:
+    for each in held_out:
+        name = str(each) if isinstance(each, Path) else example_name(each)
         try:
-            images.append(read_pixels(path))
+            pixels = read_pixels(each) if isinstance(each, Path) else read_example(each)
+            if min(pixels.shape[-2:]) < stride:
+                raise OSError(f"{pixels.shape[-1]} x {pixels.shape[-2]} is smaller than {stride} x {stride}")
         except OSError as error:
-            _skip(set(), str(path), error)
+            _skip(damaged, name, error)
+            continue
+        height, width = (min(length, side) // stride * stride for length in pixels.shape[-2:])
+        top, left = (pixels.shape[-2] - height) // 2, (pixels.shape[-1] - width) // 2
+        images.append(pixels[:, top : top + height, left : left + width].clone())  # a view would keep all of it
     return images
 
 
@@ -324,4 +384,4 @@ def _too_small(size: tuple[int, int], crop: int) -> str:
 def _skip(damaged: set[str], name: str, reason: object) -> None:
     if name not in damaged:
         damaged.add(name)
-        warnings.warn(f"skipped image {name}: {reason}", stacklevel=3)
+        warnings.warn(f"skipped image {name}: {reason}", stacklevel=2)

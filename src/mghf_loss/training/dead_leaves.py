@@ -11,7 +11,7 @@ DISCS = 150
 
 
 def dead_leaves(size: int, generator: torch.Generator) -> Tensor:
-    """Return a (3, size, size) image in [-1, 1], a function of `generator`'s state.
+    """Return a (3, size, size) image in [-1, 1] with 8-bit values, a function of `generator`'s state.
 
     Discs of one random colour fall on one another; radii r have density proportional to r^-3 between 1 and
     size / 2, which makes the image scale invariant as photographs are. A ramp of brightness over each disc keeps
@@ -29,11 +29,11 @@ def dead_leaves(size: int, generator: torch.Generator) -> Tensor:
     colour = uniform[:, 3:6]
     ramp = (uniform[:, 6:8] - 0.5) * 0.4
     axis = torch.arange(side) + 0.5
-    dy, dx = axis[:, None] - centre[:, 0, None, None], axis - centre[:, 1, None, None]
-    order = torch.arange(DISCS + 1)[:, None, None]
-    # The last disc that covers a pixel is the one that is seen.
-    seen = ((dy.square() + dx.square() <= radius[:, None, None].square()) * order).amax(0)
+    dy, dx = (axis - centre[:, 0, None]).square(), (axis - centre[:, 1, None]).square()
+    seen = torch.zeros(side, side, dtype=torch.long)
+    for disc in range(1, DISCS + 1):  # the last disc that covers a pixel is the one that is seen
+        seen[dy[disc, :, None] + dx[disc] <= radius[disc] ** 2] = disc
     offset = torch.stack((axis[:, None].expand(side, side), axis.expand(side, side))) - centre[seen].permute(2, 0, 1)
     shade = (ramp[seen].permute(2, 0, 1) * offset).sum(0) / radius[seen]
     image = colour[seen].permute(2, 0, 1) + shade
-    return (2 * F.avg_pool2d(image, OVERSAMPLING) - 1).clamp(-1, 1)
+    return (255 * F.avg_pool2d(image, OVERSAMPLING)).round().clamp(0, 255) / 127.5 - 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,13 +33,17 @@ RESPONSE_SIDE = 256  # responses are measured on the middle of a photograph
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Tables of `evaluate`, each a list of rows: one per coder and noise, per level, per distortion."""
+    """Tables of `evaluate`, each a list of rows: one per coder and noise, per level, per distortion.
+
+    `photographs` is the number of those measured, `skipped` names the others.
+    """
 
     coders: list[Row]
     levels: list[Row]
     responses: list[Row]
     inverse_error: float
     photographs: int
+    skipped: list[str]
 
 
 @torch.no_grad()
@@ -50,8 +55,11 @@ def evaluate(network: HighFrequencyINN, paths: Sequence[Path], noises: Sequence[
       pixels, headers included. The network codes the details; its low-pass values are charged at 8 + levels bits,
       their raw cost. One draw of dequantisation noise makes its figure an upper bound in the mean.
     - Inverse error: largest |inverse(forward(image)) - image| of the photographs in [-1, 1].
+    Photographs that cannot be read or have a side below 4 * 2^levels are skipped with a warning that names them.
+
     - Levels, with noise of the network's floor: standard deviation, excess kurtosis (0 if normal), correlation of
-      neighbours (mean |r| over channels and both directions, 0 if white), code length and its share.
+      neighbours (mean |r| over channels and both directions, 0 if white), code length, and share of all bits. The
+      levels of a packet transform the finer ones again: only its last level, which codes all details, has a share.
     - Response: mean squared feature error (MGHF-n, the mean of the levels) of each distortion over that of white
       noise with equal pixel MSE, that of a shift by one pixel, on the middle 256 x 256. Photographs on which a
       distortion cannot reach that MSE within 10 % are left out and counted. A mean of ratios.
@@ -61,11 +69,17 @@ def evaluate(network: HighFrequencyINN, paths: Sequence[Path], noises: Sequence[
     statistics: list[Tensor] = []
     ratios: dict[str, list[Tensor]] = {name: [] for name in (*DISTORTIONS, SHIFT)}
     inverse_error = 0.0
+    skipped: list[str] = []
     for index, path in enumerate(tqdm(paths, desc="eval-inn", unit="image")):
-        pixels = read_pixels(path)
+        try:
+            pixels = read_pixels(path)
+            if min(pixels.shape[-2:]) < 4 * stride:  # too few places for statistics
+                raise OSError(f"{pixels.shape[-1]} x {pixels.shape[-2]} is smaller than {4 * stride} x {4 * stride}")
+        except OSError as error:
+            warnings.warn(f"skipped image {path}: {error}", stacklevel=2)
+            skipped.append(str(path))
+            continue
         height, width = (side // stride * stride for side in pixels.shape[-2:])
-        if not height or not width:
-            raise ValueError(f"{path} is smaller than {stride} x {stride}")
         pixels = pixels[None, :, :height, :width]
         generator = torch.Generator().manual_seed(index)
         for noise in noises:
@@ -83,31 +97,36 @@ def evaluate(network: HighFrequencyINN, paths: Sequence[Path], noises: Sequence[
         for name, ratio in _responses(network, pixels.float() / 255, generator, device).items():
             ratios[name].append(ratio)
 
+    if not statistics:
+        raise ValueError(f"none of the {len(paths)} images is readable and at least {4 * stride} x {4 * stride}")
     coders: list[Row] = [
         {"coder": coder, "noise": noise, "bits_per_value": float(np.mean(values))}
         for (coder, noise), values in coded.items()
     ]
-    mean = torch.stack(statistics).mean(0)
-    share = mean[:, 0] * mean[:, 1] / (mean[:, 0] * mean[:, 1]).sum()
-    rows: list[Row] = [
-        {
-            "level": level_name(i, levels),
-            "bits_per_detail": mean[i, 0].item(),
-            "share_of_bits": share[i].item(),
-            "std": mean[i, 2].item(),
-            "std_without_noise": mean[i, 3].item(),
-            "excess_kurtosis": mean[i, 4].item(),
-            "neighbour_correlation": mean[i, 5].item(),
-        }
-        for i in range(levels)
-    ]
+    stacked = torch.stack(statistics)
+    mean, count = stacked.nanmean(0), stacked[..., 1].sum(0)
+    bits_of_level = (stacked[..., 0] * stacked[..., 1]).sum(0).tolist()
+    low_count = count[-1].item() * 3 / (3 * 4**levels - 3 if network.config.variant == "packet" else 9)
+    low_bits = low_count * (8 + levels)
+    if network.config.variant == "packet":
+        bits_of_level = [math.nan] * (levels - 1) + bits_of_level[-1:]
+    all_bits = float(np.nansum(bits_of_level)) + low_bits
+    names = ("std", "std_without_noise", "excess_kurtosis", "neighbour_correlation")
+    rows: list[Row] = []
+    for i in range(levels):
+        row: Row = {"level": level_name(i, levels), "bits_per_value": mean[i, 0].item()}
+        row["share_of_bits"] = bits_of_level[i] / all_bits
+        row.update(zip(names, mean[i, 2:].tolist(), strict=True))
+        rows.append(row)
+    blank = dict.fromkeys(names, math.nan)
+    rows.append({"level": "low-pass", "bits_per_value": 8.0 + levels, "share_of_bits": low_bits / all_bits, **blank})
     responses: list[Row] = []
     for name, values in ratios.items():
         average = torch.stack(values).mean(0) if values else torch.full((levels + 1,), math.nan)
         row: Row = {"distortion": name, "photographs": len(values), "over_noise": average[-1].item()}
         row.update({level_name(i, levels): average[i].item() for i in range(levels)})
         responses.append(row)
-    return Evaluation(coders, rows, responses, inverse_error, len(paths))
+    return Evaluation(coders, rows, responses, inverse_error, len(statistics), skipped)
 
 
 def level_name(index: int, levels: int) -> str:
@@ -263,9 +282,10 @@ def plot_evaluation(path: Path, evaluation: Evaluation) -> None:
     left.set_title("code length of the same 8-bit pixels")
     left.margins(y=0.25)
     left.legend(ncols=3, loc="upper center")
-    names = [str(row["level"]) for row in evaluation.levels]
+    levels = evaluation.levels[:-1]  # the last row is the low-pass band
+    names = [str(row["level"]) for row in levels]
     for i, key in enumerate(("std", "std_without_noise", "excess_kurtosis", "neighbour_correlation")):
-        heights = [float(str(row[key])) for row in evaluation.levels]
+        heights = [float(str(row[key])) for row in levels]
         bars = middle.bar(np.arange(len(names)) + (i - 1.5) * 0.2, heights, 0.19, label=key.replace("_", " "))
         middle.bar_label(bars, fmt="%.2f", fontsize=7)
     middle.set_xticks(range(len(names)), names)
@@ -315,13 +335,16 @@ def eval_inn(
     inn: str, folder: Path, out: Path, noises: Sequence[float], device: str, features_of: Path | None = None
 ) -> Evaluation:
     """Evaluate checkpoint `inn` on the images below `folder`; write three tables and two figures to `out`."""
+    import matplotlib.pyplot  # noqa: F401  a missing extra, picture or folder shows before the work, not after it
+
     network = HighFrequencyINN.from_pretrained(inn).to(device)
-    paths = list_images(folder)
-    evaluation = evaluate(network, paths, noises or sorted({network.config.noise_floor, 0.0}, reverse=True), device)
+    paths = list_images(folder, except_below=out)
+    picture = read_image(features_of or paths[0]).to(device)
     out.mkdir(parents=True, exist_ok=True)
+    evaluation = evaluate(network, paths, noises or sorted({network.config.noise_floor, 0.0}, reverse=True), device)
     write_table(out / "coders.csv", evaluation.coders)
     write_table(out / "levels.csv", evaluation.levels)
     write_table(out / "responses.csv", evaluation.responses)
     plot_evaluation(out / "evaluation.png", evaluation)
-    plot_features(out / "features.png", network, read_image(features_of or paths[0]).to(device))
+    plot_features(out / "features.png", network, picture)
     return evaluation

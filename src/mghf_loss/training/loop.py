@@ -11,14 +11,14 @@ from typing import Any, Literal, get_args
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from .. import checkpoints
 from ..inn import Bottleneck, HighFrequencyINN, INNConfig
-from .data import Cropping, Source, batches, list_images, open_dataset, open_folder, read_all
+from .data import Cropping, Source, batches, list_images, open_dataset, open_folder, read_held_out, slot_seed
 from .objective import add_noise, bits_per_detail, code_length
 
 STATE_FILE = "training-state.pt"
@@ -39,10 +39,11 @@ class TrainConfig:
         images: folder of training images, searched recursively; or None, and `dataset`.
         out: folder for the network (EMA parameters), the state to resume from, sample pictures and logs.
         dataset: name or path for `datasets.load_dataset`, for instance `"imagenet-1k"`.
+        dataset_config: name of its configuration, where it has several.
         split: of the data set.
         streaming: read the data set as it comes from the Hub instead of downloading it first.
         validation: folder of images for the held-out code length.
-        held_out: images taken out of the training data for that where there is no `validation`.
+        held_out: images taken out of the training data for that, instead.
         steps: optimiser steps.
         batch: crops per step, over all processes.
         crop: side of a crop in pixels, a multiple of 2^levels.
@@ -61,6 +62,7 @@ class TrainConfig:
     images: Path | None
     out: Path
     dataset: str | None = None
+    dataset_config: str | None = None
     split: str = "train"
     streaming: bool = False
     validation: Path | None = None
@@ -83,6 +85,8 @@ class TrainConfig:
             raise ValueError(f"give either images or dataset, got images={self.images} and dataset={self.dataset}")
         if self.streaming and self.dataset is None:
             raise ValueError("streaming needs a dataset, got images")
+        if self.validation is not None and self.held_out:
+            raise ValueError(f"give validation or held_out, got {self.validation} and {self.held_out}")
         for name, least in (
             ("steps", 1), ("batch", 1), ("crop", 1), ("save_every", 1), ("held_out", 0), ("threads", 0),
         ):  # fmt: skip
@@ -118,11 +122,12 @@ def train_inn(config: TrainConfig, network_config: INNConfig, cpu: bool = False)
         raise ValueError(f"precision {accelerator.mixed_precision!r} is not supported: choose no or bf16")
     if config.batch % accelerator.num_processes:
         raise ValueError(f"batch {config.batch} cannot be split over {accelerator.num_processes} processes")
-    source, held_out = _open(config, 2**network_config.levels)
+    main = accelerator.is_main_process
+    source, held_out = _open(config, 2**network_config.levels, main)
 
     torch.manual_seed(config.seed)
     network = HighFrequencyINN(network_config).to(accelerator.device)
-    average = AveragedModel(network, avg_fn=_ema(config.ema))
+    average = AveragedModel(network, multi_avg_fn=_ema(config.ema))
     averaged: HighFrequencyINN = average.module  # type: ignore[assignment]
     if accelerator.mixed_precision == "bf16":
         for module in network.modules():
@@ -131,15 +136,16 @@ def train_inn(config: TrainConfig, network_config: INNConfig, cpu: bool = False)
     optimiser = torch.optim.Adam([p for p in network.parameters() if p.requires_grad], lr=config.learning_rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, _warm_up_and_cosine(config.steps))
     state = {"network": network, "average": average, "optimiser": optimiser, "schedule": schedule}
-    run = _identity(config) | asdict(network_config)
-    start = _restore(config.out / STATE_FILE, state, run)
+    run = _identity(config, source, accelerator) | asdict(network_config)
+    start = _restore(config.out / STATE_FILE, state, run, source, main)
     parallel, optimiser = accelerator.prepare(network, optimiser)
 
-    main = accelerator.is_main_process
     if main:
         config.out.mkdir(parents=True, exist_ok=True)
     accelerator.wait_for_everyone()
     if config.tensorboard:
+        import tensorboard  # noqa: F401  Accelerate would leave the logs out without a word
+
         accelerator.init_trackers("logs")
     progress = tqdm(
         range(start, config.steps),
@@ -157,22 +163,28 @@ def train_inn(config: TrainConfig, network_config: INNConfig, cpu: bool = False)
         bits = bits_per_detail(parallel(noisy), network_config.variant).mean()  # every level counts as much
         optimiser.zero_grad(set_to_none=True)
         accelerator.backward(bits)
-        norm = nn.utils.clip_grad_norm_(network.parameters(), 1.0, error_if_nonfinite=True)
+        norm = nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        if not norm.isfinite():  # on every process: the gradients are averaged already
+            raise RuntimeError(
+                f"step {step}: the gradient is not finite; lower the learning rate ({config.learning_rate}) and choose "
+                "another output folder"
+            )
         optimiser.step()
         schedule.step()
         average.update_parameters(network)
         if step % 20 == 0:
             progress.set_postfix(bits=f"{bits.item():.3f}", skipped=len(source.damaged))
             values = {"train/bits": bits.item(), "train/gradient_norm": norm.item()}
-            accelerator.log({**values, "train/learning_rate": schedule.get_last_lr()[0]}, step=step)
+            accelerator.log({**values, "train/learning_rate": schedule.get_last_lr()[0]}, step=step + 1)
         if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
             if main:
                 snapshot = {name: part.state_dict() for name, part in state.items()}
+                snapshot |= {"step": step + 1, "run": run, "damaged": sorted(source.damaged.copy())}
                 # The network first: a kill in between repeats some steps, and no state is ahead of its network.
                 averaged.save_pretrained(config.out)
                 checkpoints.write_atomically(
                     config.out / STATE_FILE,
-                    lambda path, s=snapshot, n=step + 1: torch.save({**s, "step": n, "run": run}, path),
+                    lambda path, s=snapshot: torch.save(s, path),
                 )
                 if held_out:
                     _evaluate(averaged, held_out, step + 1, config.out, accelerator)
@@ -180,33 +192,39 @@ def train_inn(config: TrainConfig, network_config: INNConfig, cpu: bool = False)
     damaged = sorted(set(gather_object(sorted(source.damaged))))
     if main and damaged:
         print(f"{len(damaged)} images were skipped: {', '.join(damaged[:5])}{' ...' if len(damaged) > 5 else ''}")
+    if main:
+        print(f"wrote {config.out}; use it with MGHFLoss(inn={str(config.out)!r})")
     accelerator.end_training()
     return averaged.eval()
 
 
-def _open(config: TrainConfig, stride: int) -> tuple[Source, list[Tensor]]:
-    """Return the source of crops and the held-out images, cut from the middle."""
-    held_out = 0 if config.validation else config.held_out
+def _open(config: TrainConfig, stride: int, main: bool) -> tuple[Source, list[Tensor]]:
+    """Return the source of crops and, on the main process, which evaluates, the held-out images."""
     if config.images is not None:
-        source, images = open_folder(config.images, config.cropping, held_out)
+        source, held_out = open_folder(config.images, config.cropping, config.held_out, config.out)
     else:
         assert config.dataset is not None
-        source, images = open_dataset(config.dataset, config.split, config.streaming, config.cropping, held_out)
+        source, held_out = open_dataset(
+            config.dataset, config.dataset_config, config.split, config.streaming, config.cropping, config.held_out
+        )
     if config.validation is not None:
-        images = read_all(list_images(config.validation))
-    return source, [_middle(image, stride) for image in images if min(image.shape[-2:]) >= stride]
+        held_out = list_images(config.validation, config.out)
+    if not main or not held_out:
+        return source, []
+    images = read_held_out(held_out, VALIDATION_SIDE, stride, source.damaged)
+    if not images:
+        raise ValueError(f"none of the {len(held_out)} held-out images is readable and at least {stride} x {stride}")
+    return source, images
 
 
-def _middle(pixels: Tensor, stride: int) -> Tensor:
-    height, width = (min(side, VALIDATION_SIDE) // stride * stride for side in pixels.shape[-2:])
-    top, left = (pixels.shape[-2] - height) // 2, (pixels.shape[-1] - width) // 2
-    return pixels[:, top : top + height, left : left + width]
-
-
-def _ema(decay: float) -> Callable[[Tensor, Tensor, Tensor | int], Tensor]:
-    def average(mean: Tensor, value: Tensor, updates: Tensor | int) -> Tensor:
+def _ema(decay: float) -> Callable[[Any, Any, Tensor | int], None]:
+    @torch.no_grad()
+    def average(means: list[Tensor], values: list[Tensor], updates: Tensor | int) -> None:
         # A young average forgets faster, or it would remember the initialisation for thousands of steps.
-        return torch.lerp(mean, value, 1 - min(decay, (1 + int(updates)) / (10 + int(updates))))
+        count = int(updates)
+        weight = 1 - min(decay, (1 + count) / (10 + count))
+        for mean, value in zip(means, values, strict=True):
+            mean.lerp_(value, weight)
 
     return average
 
@@ -227,8 +245,7 @@ def _add_noise(batch: Tensor, noise_floor: float, seed: int, first_slot: int) ->
     generator = torch.Generator(batch.device)
     return torch.stack(
         [
-            # the crop of a slot has drawn from the seeds below 2^40
-            add_noise(image, noise_floor, generator.manual_seed(2**40 + seed * 1_000_003 + slot))
+            add_noise(image, noise_floor, generator.manual_seed(slot_seed("noise", seed, slot)))
             for slot, image in enumerate(batch, first_slot)
         ]
     )
@@ -264,27 +281,51 @@ def _evaluate(network: HighFrequencyINN, images: list[Tensor], step: int, out: P
         tracker.log_images({"held-out and sampled details": sheet[None]}, step=step, dataformats="NHWC")  # type: ignore[attr-defined]
 
 
-def _identity(config: TrainConfig) -> dict[str, Any]:
+def _identity(config: TrainConfig, source: Source, accelerator: Accelerator) -> dict[str, Any]:
     """What makes two runs the same run, as plain values."""
     values = {field.name: getattr(config, field.name) for field in fields(config) if field.name not in FREE}
-    return {**values, "images": config.images and str(config.images.resolve())}
+    return {
+        **values,
+        "images": config.images and str(config.images.resolve()),
+        "files": source.digest,
+        "precision": accelerator.mixed_precision,
+        "processes": accelerator.num_processes if config.dataset else 0,  # they share a stream, not a folder's slots
+    }
 
 
-def _restore(path: Path, state: Mapping[str, Any], run: dict[str, Any]) -> int:
-    """Load a saved state into the parts of `state`; return the step to go on from, 0 where there is none."""
-    if not path.exists():
+def _restore(path: Path, state: Mapping[str, Any], run: dict[str, Any], source: Source, main: bool) -> int:
+    """Load a saved state into the parts of `state`; return the step to go on from, 0 where there is none.
+
+    The main process reads and sends it to the others: they may be on nodes that do not see its disk.
+    """
+    found: list[Any] = [None]
+    if main and path.exists():
+        try:
+            found = [_load(path, {*state, "step", "run", "damaged"}, run)]
+        except ValueError as error:
+            found = [error]
+    broadcast_object_list(found)
+    (saved,) = found
+    if isinstance(saved, ValueError):
+        raise saved
+    if saved is None:
         return 0
+    for name, part in state.items():
+        part.load_state_dict(saved[name])
+    source.damaged.update(saved["damaged"])
+    return saved["step"]
+
+
+def _load(path: Path, keys: set[str], run: dict[str, Any]) -> dict[str, Any]:
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a damaged archive raises
         raise ValueError(f"cannot resume from {path}: {error}; delete it to start anew") from error
-    if not isinstance(saved, dict) or set(saved) != {*state, "step", "run"}:
+    if not isinstance(saved, dict) or set(saved) != keys:
         raise ValueError(f"cannot resume from {path}: it is no state of train-inn; choose another output folder")
     if saved["run"] != run:
         changed = sorted(key for key in run if saved["run"].get(key) != run[key])
         raise ValueError(
             f"{path} belongs to another run (different: {', '.join(changed)}); choose another output folder"
         )
-    for name, part in state.items():
-        part.load_state_dict(saved[name])
-    return saved["step"]
+    return saved
