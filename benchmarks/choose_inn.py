@@ -3,7 +3,7 @@
     python benchmarks/choose_inn.py --train DIR --val DIR --out DIR
 
 1. Every candidate network is trained on the photographs of --train with equal steps, batch, crop and seed. The
-   candidates differ from `INNConfig()` in one factor each; the bundled network competes as it is.
+   candidates differ from `BASE` in one factor each; the bundled network competes as it is.
 2. For every candidate and seed a small x4 SR model learns with L1 + factor * MGHFLoss(inn=candidate), and with L1
    alone for reference: equal steps, crops that depend on seed and step only, the demo's model, factor and optimiser.
 3. Every model enlarges the photographs of --val, which `metrics.judge` compares with the originals.
@@ -57,7 +57,7 @@ from mghf_loss.training.objective import add_noise, code_length
 
 REFERENCE = "L1"
 BUNDLED = "bundled"
-BASE = INNConfig()
+BASE = INNConfig(noise_floor=6.0)
 CANDIDATES = {
     "base": BASE,
     "packet": replace(BASE, variant="packet"),

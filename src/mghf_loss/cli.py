@@ -104,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--hidden", type=int, default=32, help="width of the bottleneck blocks")
     train.add_argument("--clamp", type=float, default=2.0, help="bound of the log-scales")
     train.add_argument("--mixing", default="learned", choices=("learned", "fixed"), help="channel mixing")
-    train.add_argument("--noise-floor", type=float, default=6.0, help="noise on the training images, in 1/255")
+    train.add_argument("--noise-floor", type=float, default=12.0, help="noise on the training images, in 1/255")
     train.add_argument("--cpu", action="store_true", help="stay off the GPU")
     train.set_defaults(run=_train_inn)
 

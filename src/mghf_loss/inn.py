@@ -44,7 +44,7 @@ class INNConfig:
     hidden: int = 32
     clamp: float = 2.0
     mixing: Mixing = "learned"
-    noise_floor: float = 6.0
+    noise_floor: float = 12.0
 
     def __post_init__(self) -> None:
         if self.variant not in get_args(Variant):
