@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from .inn import HighFrequencyINN
 
 DEFAULT_COEFFICIENTS: dict[str, float] = {
-    "content": 1.0,
-    "style": 200.0,
+    "content": 5.0,
+    "style": 600.0,
     "correlation": 1.0,
-    "patch_nce": 0.005,
+    "patch_nce": 0.008,
     "dino_jsd": 0.0,
 }
 
