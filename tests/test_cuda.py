@@ -142,8 +142,13 @@ def test_the_number_of_stages_changes_nothing():
 def test_sinkhorn_stops_on_the_device():
     for places in (256, 1024):
         sr, gt = pair(2, 45, places)
-        early, late = (patch_nce(sr, gt, tolerance=tolerance, iterations=50) for tolerance in (1e-4, 0.0))
-        torch.testing.assert_close(early, late, rtol=1e-4, atol=1e-4)
+        early, late, one = (
+            patch_nce(sr, gt, precision="high", tolerance=tolerance, iterations=iterations)
+            for tolerance, iterations in ((1e-2, 50), (0.0, 50), (0.0, 1))
+        )
+        torch.testing.assert_close(early, late, rtol=2e-2, atol=2e-2)
+        assert not torch.equal(early, late), f"{places} places: all iterations ran"
+        assert not torch.equal(early, one), f"{places} places: one iteration ran"
 
 
 def test_strides_and_the_second_device_do_not_matter():
@@ -175,12 +180,13 @@ def test_compile_and_autocast():
 
 def mghfloss(precision: str, patches: int | None) -> tuple[Tensor, Tensor]:
     torch.manual_seed(0)
-    torch.backends.cudnn.deterministic = True
     criterion = MGHFLoss(inn=HighFrequencyINN(INNConfig(hidden=8)), patches=patches, precision=precision).to(DEVICE)
     gt = torch.rand(2, 3, 64, 80, device=DEVICE)
     sr = (gt + 0.1 * torch.randn_like(gt)).requires_grad_()
-    loss = criterion(sr, gt, generator=torch.Generator(DEVICE).manual_seed(1))
-    return loss.detach(), torch.autograd.grad(loss, sr)[0]
+    # The two paths differ in the operators alone: not in convolutions, which are tf32 by default.
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+        loss = criterion(sr, gt, generator=torch.Generator(DEVICE).manual_seed(1))
+        return loss.detach(), torch.autograd.grad(loss, sr)[0]
 
 
 def test_both_paths_of_mghfloss_agree():

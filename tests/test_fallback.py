@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -21,15 +23,24 @@ def _fresh(monkeypatch):
     monkeypatch.setattr(cuda, "_warned", set())
 
 
-def choose(monkeypatch, kernel) -> object:
+def choose(monkeypatch, kernel) -> Callable[..., Any]:
     """An operator of the kernel and a formula that returns its name, on a device that can run kernels."""
     monkeypatch.setattr(cuda, "_reason_of_hardware", lambda device: None)
     monkeypatch.setattr(cuda, "_kernels", lambda: SimpleNamespace(kernel=kernel))
-    return cuda.with_fallback("op", "kernel", lambda *_: "formula")
+    run = cuda.with_fallback("op", "kernel", lambda *_: "formula")
+    return lambda sr, gt, precision="fast": run(sr, gt, precision)
+
+
+def fail(error: Exception) -> None:
+    raise error
 
 
 def test_the_kernel_runs_where_it_can(monkeypatch):
     assert choose(monkeypatch, lambda *_: "kernel")(SR, GT) == "kernel"
+
+
+def test_an_empty_batch_takes_the_formula_without_a_word(monkeypatch):
+    assert choose(monkeypatch, lambda *_: "kernel")(SR[:0], GT[:0]) == "formula"
 
 
 def test_float64_takes_the_formula_without_a_word(monkeypatch):
@@ -64,6 +75,44 @@ def test_a_failing_kernel_falls_back_with_one_warning_and_is_not_tried_again(mon
         warnings.simplefilter("error")
         assert run(SR, GT) == "formula"
     assert len(calls) == 1
+
+
+def test_a_failure_counts_for_what_was_compiled(monkeypatch):
+    def kernel(sr, gt, precision):
+        return "kernel" if sr.dtype == torch.float16 or precision == "high" else fail(RuntimeError("too large"))
+
+    run = choose(monkeypatch, kernel)
+    with pytest.warns(RuntimeWarning, match="too large"):
+        assert run(SR, GT) == "formula"
+    assert run(SR.half(), GT.half()) == "kernel"
+    assert run(SR, GT, "high") == "kernel"
+
+
+@pytest.mark.parametrize("mistake", cuda.MISTAKES)
+def test_our_own_mistakes_do_not_hide_behind_the_formula(mistake, monkeypatch):
+    with pytest.raises(mistake, match="ours"):
+        choose(monkeypatch, lambda *_: fail(mistake("ours")))(SR, GT)
+    assert not cuda.failures
+
+
+def test_mistakes_inside_triton_fall_back(monkeypatch):
+    inside = {"__name__": "triton.backends.nvidia.driver"}
+    exec("def kernel(*_): raise AttributeError('no such symbol')", inside)
+    with pytest.warns(RuntimeWarning, match="AttributeError: no such symbol"):
+        assert choose(monkeypatch, inside["kernel"])(SR, GT) == "formula"
+
+
+def test_a_compilation_error_falls_back_and_is_told_with_its_cause(monkeypatch):
+    errors = pytest.importorskip("triton.compiler.errors")
+
+    def kernel(*_):
+        try:
+            fail(TypeError("the cause"))
+        except TypeError as cause:
+            raise errors.CompilationError(None, None, "cannot compile") from cause
+
+    with pytest.warns(RuntimeWarning, match=r"CompilationError: (.|\n)*\(from TypeError: the cause\)"):
+        assert choose(monkeypatch, kernel)(SR, GT) == "formula"
 
 
 def test_out_of_memory_is_no_reason_to_take_more_memory(monkeypatch):
@@ -104,3 +153,27 @@ def test_active_path_names_every_device(monkeypatch):
     path = ops.active_path()
     assert "Triton 3.9.0 kernels on cuda:0 (GPU 0)" in path
     assert "torch formula (too old) on cuda:1 (GPU 1)" in path
+
+
+CPU = torch.device("cpu")
+EARLIER = ("patch_nce", CPU, 300, torch.float32, torch.float32, "fast")
+
+
+def test_the_trial_reports_its_own_failures_only(monkeypatch):
+    monkeypatch.setattr(cuda, "_reason_of_hardware", lambda device: None)
+    cuda.failures[EARLIER] = "300 channels"
+    assert cuda._try(CPU) is None
+    assert cuda.failures == {EARLIER: "300 channels"}
+
+    def kernel(*_):
+        fail(RuntimeError("no compiler"))
+
+    run = choose(monkeypatch, kernel)
+    monkeypatch.setattr(cuda, "patch_nce", lambda sr, gt: (run(sr, gt), sr)[1])
+    assert cuda._try(CPU) == "RuntimeError: no compiler"
+    assert not cuda._warned  # the warning is still to come
+
+
+def test_an_error_of_the_trial_is_told_not_raised(monkeypatch):
+    monkeypatch.setattr(cuda, "patch_nce", lambda *_: fail(torch.cuda.OutOfMemoryError("no memory")))
+    assert cuda._try(CPU) == "the trial failed, OutOfMemoryError: no memory"

@@ -153,12 +153,31 @@ def test_dense_holds_no_square_of_places(monkeypatch):
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck's own doing
 @pytest.mark.parametrize("modulation", MODULATIONS)
-def test_opcheck(modulation):
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_opcheck(modulation, channels_last):
+    sr, gt = torch.randn(2, 2, 6, 4).transpose(2, 3).unbind(0)
+    if not channels_last:
+        sr, gt = sr.contiguous(), gt.contiguous()
     for with_jacobian in (True, False):
-        sr = torch.randn(2, 4, 6, requires_grad=with_jacobian)
-        arguments = (sr, torch.randn(2, 4, 6), 0.07, modulation, 1.0, 1.0, 50, 1e-4, with_jacobian, "fast")
+        sr = sr.detach().requires_grad_(with_jacobian)
+        arguments = (sr, gt, 0.07, modulation, 1.0, 1.0, 50, 1e-4, with_jacobian, "fast")
         result = torch.library.opcheck(torch.ops.mghf_loss.patch_nce.default, arguments)
         assert set(result.values()) == {"SUCCESS"}
+
+
+def test_opcheck_of_the_backward_operator():
+    arguments = (torch.randn(2, 6), torch.randn(2, 4, 6), torch.randn(2, 6))
+    result = torch.library.opcheck(torch.ops.mghf_loss.patch_nce_backward.default, arguments)
+    assert set(result.values()) == {"SUCCESS"}
+
+
+def test_a_second_derivative_is_refused():
+    sr = torch.randn(1, 3, 5, requires_grad=True)
+    # The square would give a second derivative by itself: what PatchNCE has to add must not be left out silently.
+    value = patch_nce(sr, torch.randn(1, 3, 5)).sum() + sr.square().sum()
+    (gradient,) = torch.autograd.grad(value, sr, create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        torch.autograd.grad(gradient.sum(), sr)
 
 
 def test_gradcheck_of_plain():
@@ -298,12 +317,27 @@ def test_precision_is_checked_and_changes_nothing_in_the_formula():
             call(*levels, precision="low")
 
 
+@pytest.mark.parametrize("modulation", MODULATIONS)
+def test_an_empty_batch_has_an_empty_loss(modulation):
+    sr = torch.rand(0, 3, 8, requires_grad=True)
+    loss = patch_nce(sr, sr.detach(), modulation=modulation)
+    assert loss.shape == (0, 8)
+    assert torch.autograd.grad(loss.sum(), sr)[0].shape == sr.shape
+
+
 VECTORS = torch.randn(1, 3, 8)
 BAD_VECTORS = {
     "four dimensions": ((VECTORS[None], VECTORS[None]), {}, ValueError, r"\(B, C, N\), got \(1, 1, 3, 8\)"),
     "other shape": ((VECTORS, VECTORS[..., 1:]), {}, ValueError, r"got \(1, 3, 8\) and \(1, 3, 7\)"),
     "integers": ((VECTORS, VECTORS.int()), {}, TypeError, "got torch.float32 and torch.int32"),
     "modulation": ((VECTORS, VECTORS), {"modulation": "medium"}, ValueError, "modulation must be .* got 'medium'"),
+    "no channel": ((VECTORS[:, :0], VECTORS[:, :0]), {}, ValueError, r"one channel, got shape \(1, 0, 8\)"),
+    "device": ((VECTORS, VECTORS.to("meta")), {}, ValueError, "one device, got cpu and meta"),
+    "temperature": ((VECTORS, VECTORS), {"temperature": 0.0}, ValueError, "temperature must be positive, got 0.0"),
+    "eps": ((VECTORS, VECTORS), {"eps": -1.0}, ValueError, "eps must be positive, got -1.0"),
+    "weight": ((VECTORS, VECTORS), {"negative_weight": 0.0}, ValueError, "negative_weight must be positive, got 0.0"),
+    "iterations": ((VECTORS, VECTORS), {"iterations": -1}, ValueError, "iterations must not be negative, got -1"),
+    "tolerance": ((VECTORS, VECTORS), {"tolerance": -0.1}, ValueError, "tolerance must not be negative, got -0.1"),
 }
 
 

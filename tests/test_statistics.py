@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from shutil import which
+
 import numpy as np
 import pytest
 import torch
@@ -115,10 +117,11 @@ def test_strides_do_not_matter(layout):
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck's own doing
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("gram", [True, False])
 @pytest.mark.parametrize("keep", [None, torch.tensor([[True, False, True]] * 2)])
-def test_opcheck(gram, keep):
-    sr, gt = levels(2, 3, 4, 5, dtype=torch.float32)
+def test_opcheck(gram, keep, layout):
+    sr, gt = (level.contiguous(memory_format=layout) for level in levels(2, 3, 4, 5, dtype=torch.float32))
     arguments = (sr.requires_grad_(), gt, keep, gram, "fast")
     result = torch.library.opcheck(torch.ops.mghf_loss.second_order_statistics.default, arguments)
     assert set(result.values()) == {"SUCCESS"}
@@ -128,8 +131,12 @@ def test_opcheck(gram, keep):
     assert set(result.values()) == {"SUCCESS"}
 
 
-def test_compiles_without_graph_breaks():
-    sr, gt = levels(dtype=torch.float32)
+INDUCTOR = pytest.param("inductor", marks=pytest.mark.skipif(which("c++") is None, reason="needs a C++ compiler"))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", INDUCTOR])  # inductor asserts the strides that the fakes promise
+def test_compiles_without_graph_breaks(backend):
+    sr, gt = (level.contiguous(memory_format=torch.channels_last) for level in levels(dtype=torch.float32))
     sr.requires_grad_()
 
     def value(sr: Tensor, gt: Tensor) -> Tensor:
@@ -137,7 +144,7 @@ def test_compiles_without_graph_breaks():
 
     (expected,) = torch.autograd.grad(value(sr, gt), sr)
     torch._dynamo.reset()
-    (found,) = torch.autograd.grad(torch.compile(value, fullgraph=True, backend="aot_eager")(sr, gt), sr)
+    (found,) = torch.autograd.grad(torch.compile(value, fullgraph=True, backend=backend)(sr, gt), sr)
     torch.testing.assert_close(found, expected)
 
 
@@ -180,11 +187,34 @@ def test_the_formula_is_the_operator():
         assert torch.equal(found, want)
 
 
+def test_an_empty_batch_has_empty_statistics():
+    sr = torch.rand(0, 3, 4, 4, requires_grad=True)
+    found = second_order_statistics(sr, sr.detach())
+    assert [tuple(value.shape) for value in found] == [(0, 3, 3)] + [(0, 3)] * 6
+    assert torch.autograd.grad(sum(value.sum() for value in found), sr)[0].shape == sr.shape
+
+
+def test_a_second_derivative_is_refused():
+    sr, gt = levels()
+    sr.requires_grad_()
+    (gradient,) = torch.autograd.grad(second_order_statistics(sr, gt).covariance.sum(), sr, create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        torch.autograd.grad(gradient.sum(), sr)
+
+
 LEVEL = torch.rand(1, 3, 4, 4)
 BAD = {
     "other shape": ((LEVEL, LEVEL[..., :3]), {}, ValueError, r"got \(1, 3, 4, 4\) and \(1, 3, 4, 3\)"),
     "two dimensions": ((LEVEL[0, 0], LEVEL[0, 0]), {}, ValueError, r"\(B, C, ...\), got \(4, 4\)"),
-    "no place": ((LEVEL[..., :0], LEVEL[..., :0]), {}, ValueError, r"at least one place, got shape \(1, 3, 4, 0\)"),
+    "no place": ((LEVEL[..., :0], LEVEL[..., :0]), {}, ValueError, r"one channel and place, got shape \(1, 3, 4, 0\)"),
+    "no channel": ((LEVEL[:, :0], LEVEL[:, :0]), {}, ValueError, r"one channel and place, got shape \(1, 0, 4, 4\)"),
+    "device": ((LEVEL, LEVEL.to("meta")), {}, ValueError, "sr and gt must be on one device, got cpu and meta"),
+    "device of weights": (
+        (LEVEL, LEVEL, torch.ones(1, 3, device="meta")),
+        {},
+        ValueError,
+        "sr and channel_weights must be on one device, got cpu and meta",
+    ),
     "integers": ((LEVEL.long(), LEVEL), {}, TypeError, "got torch.int64 and torch.float32"),
     "weights": ((LEVEL, LEVEL, torch.ones(3)), {}, ValueError, r"shape \(1, 3\), got \(3,\)"),
     "precision": ((LEVEL, LEVEL), {"precision": "low"}, ValueError, "precision must be one of .* got 'low'"),

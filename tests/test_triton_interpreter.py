@@ -57,6 +57,12 @@ def test_fast_keeps_its_bound(operator, rows):
         assert error <= FAST[operator], f"{where}: {error:.1e}"
 
 
+def test_nan_reaches_all_that_it_reaches_in_the_formula(rows):
+    (row,) = (row for row in rows if row["operator"] == "nan")
+    assert row["same"]
+    assert row["count"] == 9
+
+
 @pytest.mark.parametrize("way", ["stored", "streaming"])
 def test_sinkhorn_stops_early_on_the_device(way, rows):
     (row,) = (row for row in rows if row["operator"] == "early stop" and row["case"] == way)

@@ -118,6 +118,17 @@ def early_stop_case(stored: bool) -> None:
     )
 
 
+def nan_case() -> None:
+    """The NaN that a GPU makes survives the rounding to tf32, through which it reaches the other channels."""
+    sr, gt = torch.randn(2, 1, 9, 4, 5).unbind(0)
+    sr.view(torch.int32)[0, 3, 1, 2] = 0x7FFFFFFF
+    arguments = (None, torch.randn(1, 9, 9), torch.randn(1, 6, 9), "fast")
+    found, expected = (
+        backward(sr, gt, *arguments).isnan() for backward in (backward_triton, statistics.backward_formula)
+    )
+    print(json.dumps({"operator": "nan", "same": torch.equal(found, expected), "count": found.sum().item()}))
+
+
 def whole_loss_case(precision: str) -> None:
     """MGHFLoss by the kernels against MGHFLoss by the formula."""
     patch_nce_triton.STORED_PLACES = 512
@@ -189,6 +200,7 @@ def main() -> None:
         patch_nce_case("huge vectors", (1, 9, 20), precision, scale=1e30)
     patch_nce_case("two places", (4, 9, 2), "fast", stored=False)
     patch_nce_case("one place", (4, 9, 1), "fast")
+    nan_case()
     early_stop_case(True)
     early_stop_case(False)
     for precision in ("fast", "high"):

@@ -1,12 +1,13 @@
 """The operators on CUDA: Triton kernels where they can run, else the torch formula, with one warning that says why.
 
 Triton is imported when an operator first meets a CUDA tensor, not before. `MGHF_LOSS_OPS=torch` in the environment
-chooses the torch formula. float64 always takes it: the kernels compute in float32.
+chooses the torch formula. float64 always takes it: the kernels compute in float32. So do empty batches.
 """
 
 from __future__ import annotations
 
 import os
+import traceback
 import warnings
 from collections.abc import Callable
 from functools import cache
@@ -22,7 +23,9 @@ from .statistics import backward_formula, backward_operator, second_order_statis
 from .statistics import operator as statistics_operator
 
 LEAST_CAPABILITY = (8, 0)  # tensor cores with tf32, asynchronous copies
-failures: dict[tuple[str, torch.device, int], str] = {}  # why a kernel failed, by operator, device and channels
+MISTAKES = (TypeError, AttributeError, NameError, ValueError, ZeroDivisionError)  # of Python code, not of a device
+# Why a kernel failed, by what it was compiled for: operator, device, channels, dtypes of SR and GT, precision.
+failures: dict[tuple[str, torch.device, int, torch.dtype, torch.dtype, str], str] = {}
 _warned: set[str] = set()
 
 
@@ -65,12 +68,16 @@ def _reason_of_hardware(device: torch.device) -> str | None:
 
 
 def with_fallback(name: str, kernel: str, formula: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function that calls `kernel` of the Triton files, or `formula` where that cannot run."""
+    """Return a function that calls `kernel` of the Triton files, or `formula` where that cannot run.
+
+    The last argument is the precision. Out of memory is raised, and so are mistakes of our own code: a slower path
+    would hide them.
+    """
 
     def run(sr: Tensor, gt: Tensor, *arguments: Any) -> Any:
-        if torch.float64 in (sr.dtype, gt.dtype):
+        if torch.float64 in (sr.dtype, gt.dtype) or sr.numel() == 0:
             return formula(sr, gt, *arguments)
-        key = (name, sr.device, sr.shape[1])
+        key = (name, sr.device, sr.shape[1], sr.dtype, gt.dtype, arguments[-1])
         reason = reason_against_kernels(sr.device) or failures.get(key)
         if reason is None:
             try:
@@ -79,7 +86,9 @@ def with_fallback(name: str, kernel: str, formula: Callable[..., Any]) -> Callab
             except torch.cuda.OutOfMemoryError:
                 raise
             except Exception as error:  # of the compiler, the assembler, the C compiler or the driver
-                reason = failures[key] = f"{type(error).__name__}: {error}"
+                if _is_our_mistake(error):
+                    raise
+                reason = failures[key] = _told(error)
         if reason != "MGHF_LOSS_OPS=torch" and reason not in _warned:
             _warned.add(reason)
             warnings.warn(
@@ -90,6 +99,18 @@ def with_fallback(name: str, kernel: str, formula: Callable[..., Any]) -> Callab
         return formula(sr, gt, *arguments)
 
     return run
+
+
+def _is_our_mistake(error: Exception) -> bool:
+    """Whether Python code outside Triton is wrong; Triton's CompilationError is none of these types."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return isinstance(error, MISTAKES) and frame.f_globals.get("__name__", "").partition(".")[0] != "triton"
+
+
+def _told(error: BaseException) -> str:
+    """Type and message of an error, and of those that caused it."""
+    told = f"{type(error).__name__}: {error}"
+    return told if error.__cause__ is None else f"{told} (from {_told(error.__cause__)})"
 
 
 def _triton_version() -> str:
@@ -120,12 +141,19 @@ patch_nce_operator.register_kernel("cuda")(with_fallback("patch_nce", "patch_nce
 
 
 def _try(device: torch.device) -> str | None:
-    """Run both operators on a small input; return why one fell back, or None."""
-    sr = torch.rand(1, 12, 64, device=device, requires_grad=True)
-    gt = torch.rand(1, 12, 64, device=device)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        second_order_statistics(sr, gt).squared_error.sum().backward()
-        patch_nce(sr, gt).sum().backward()
-    reason = reason_against_kernels(device)
-    return reason or next((text for (_, where, _), text in failures.items() if where == device), None)
+    """Run both operators on a small input; return why one fell back or failed, or None."""
+    earlier, warned = dict(failures), set(_warned)
+    failures.clear()
+    try:
+        with warnings.catch_warnings(), torch.enable_grad():
+            warnings.simplefilter("ignore")
+            sr = torch.rand(1, 12, 64, device=device, requires_grad=True)
+            gt = torch.rand(1, 12, 64, device=device)
+            second_order_statistics(sr, gt).squared_error.sum().backward()
+            patch_nce(sr, gt).sum().backward()
+        return reason_against_kernels(device) or next(iter(failures.values()), None)
+    except Exception as error:  # such as a full device: whoever asks wants an answer
+        return f"the trial failed, {_told(error)}"
+    finally:
+        failures.update(earlier)
+        _warned.intersection_update(warned)  # a warning that nobody has seen is still to come

@@ -50,7 +50,8 @@ def patch_nce_formula(
 ) -> tuple[Tensor, Tensor]:
     """Loss of every place (B, N) and its gradient with respect to the SR vector there (B, C, N), or an empty tensor.
 
-    In float32 at least, whatever `precision` and autocast say.
+    In float32 at least, whatever `precision` and autocast say; on CUDA with the products of
+    `torch.set_float32_matmul_precision`.
     """
     with torch.autocast(sr.device.type, enabled=False):
         dtype = _compute_dtype(sr, gt)
@@ -59,7 +60,7 @@ def patch_nce_formula(
         batch, channels, places = query.shape
         loss = query.new_zeros(batch, places)
         jacobian = query.new_zeros(batch, channels, places) if with_jacobian else query.new_empty(0)
-        if places < 2:  # no negatives
+        if places < 2 or batch == 0:  # no negatives, or nothing at all
             return loss, jacobian
         slope = 1 / temperature
         row_potential = column_potential = query.new_zeros(batch, places)
@@ -110,15 +111,26 @@ def _(
     return sr.new_empty((batch, places), dtype=dtype), sr.new_empty(sr.shape if with_jacobian else 0, dtype=dtype)
 
 
+def backward_formula(loss: Tensor, jacobian: Tensor, loss_gradient: Tensor) -> Tensor:
+    """Gradient of the SR vectors (B, C, N).
+
+    An operator without a derivative, of `loss` too: a second derivative, which the jacobian does not have, is an error.
+    """
+    return loss_gradient[:, None] * jacobian
+
+
+backward_operator = torch.library.custom_op("mghf_loss::patch_nce_backward", backward_formula, mutates_args=())
+backward_operator.register_fake(backward_formula)
+
+
 def _keep_jacobian(ctx, inputs, output) -> None:
     ctx.dtype = inputs[0].dtype
-    ctx.save_for_backward(output[1])
+    ctx.save_for_backward(*output)
     ctx.mark_non_differentiable(output[1])
 
 
 def _backward(ctx, loss_gradient: Tensor, _) -> tuple[Tensor | None, ...]:
-    (jacobian,) = ctx.saved_tensors
-    return (loss_gradient[:, None] * jacobian).to(ctx.dtype), *[None] * 9
+    return backward_operator(*ctx.saved_tensors, loss_gradient).to(ctx.dtype), *[None] * 9
 
 
 operator.register_autograd(_backward, setup_context=_keep_jacobian)
@@ -158,17 +170,28 @@ def patch_nce(
         tolerance: stop when no log row marginal is off by more than this (on a CPU: of the whole batch; in the Triton
             kernels: of an image; the torch formula on other devices makes all iterations, as the test would wait).
         precision: of the unit vectors on CUDA. `"fast"`: fp16 (relative error of loss and gradient 2e-3 at most, at
-            T = 0.07); `"high"`: two fp16 numbers, as accurate as float32. The torch formula computes both in float32.
+            T = 0.07); `"high"`: two fp16 numbers, as accurate as float32. That is the kernels' promise; the torch
+            formula takes float32 for both, on CUDA as `torch.set_float32_matmul_precision` has it.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or options do not fit, naming what came.
     """
     if sr.ndim != 3 or sr.shape != gt.shape:
         raise ValueError(f"sr and gt must have one shape (B, C, N), got {tuple(sr.shape)} and {tuple(gt.shape)}")
+    if sr.shape[1] == 0:
+        raise ValueError(f"sr and gt must have at least one channel, got shape {tuple(sr.shape)}")
+    if sr.device != gt.device:
+        raise ValueError(f"sr and gt must be on one device, got {sr.device} and {gt.device}")
     if not (sr.is_floating_point() and gt.is_floating_point()):
         raise TypeError(f"sr and gt must be floating-point tensors, got {sr.dtype} and {gt.dtype}")
     if modulation not in ("hard", "easy", "plain"):
         raise ValueError(f"modulation must be 'hard', 'easy' or 'plain', got {modulation!r}")
+    for name, value in (("temperature", temperature), ("eps", eps), ("negative_weight", negative_weight)):
+        if not value > 0:
+            raise ValueError(f"{name} must be positive, got {value!r}")
+    for name, value in (("iterations", iterations), ("tolerance", tolerance)):
+        if not value >= 0:
+            raise ValueError(f"{name} must not be negative, got {value!r}")
     return operator(
         sr,
         gt.detach(),

@@ -364,6 +364,7 @@ def _stored_update(
     update = -(highest + tl.log2(tl.sum(tl.exp2(x - highest[:, None]), 1)))
     live = rows < places
     change = tl.where(live, tl.abs(update - tl.load(updated_ptr + rows)), 0.0)
+    tl.debug_barrier()  # several warps hold the same rows: all have read the old potentials before one writes
     tl.store(updated_ptr + rows, tl.where(live, update, float("-inf")))
     return tl.max(change, 0)
 

@@ -49,7 +49,8 @@ def second_order_statistics(
 ) -> SecondOrderStatistics:
     """Gram difference, means, variances, covariance and squared error: (B, C, ...) of SR and GT -> (B, C, C), (B, C).
 
-    Gradient flows to `sr` only. Reads both inputs once forward and once backward where a kernel runs.
+    Gradient flows to `sr` only. A kernel reads both inputs once forward and once backward, beyond 128 channels once for
+    each block of channels.
 
     Args:
         sr: features of SR, any floating dtype; float64 stays float64, all else is computed in float32.
@@ -57,20 +58,23 @@ def second_order_statistics(
         channel_weights: (B, C); not multiplied in, but where they are 0 the channel is not read.
         gram: also compute the Gram difference.
         precision: of the products with C x C matrices on CUDA, everything else is float32 always. `"fast"`: tf32, one
-            operand with its remainder (relative error 3e-4 at most); `"high"`: float32. The torch formula computes
-            both in float32.
+            operand with its remainder (relative error 3e-4 at most); `"high"`: float32. That is the kernels' promise;
+            the torch formula takes float32 for both, on CUDA as `torch.set_float32_matmul_precision` has it.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or options do not fit, naming what came.
     """
     if sr.ndim < 3 or sr.shape != gt.shape:
         raise ValueError(f"sr and gt must have one shape (B, C, ...), got {tuple(sr.shape)} and {tuple(gt.shape)}")
-    if sr.shape[2:].numel() == 0:
-        raise ValueError(f"sr and gt must have at least one place, got shape {tuple(sr.shape)}")
+    if sr.shape[1:].numel() == 0:
+        raise ValueError(f"sr and gt must have at least one channel and place, got shape {tuple(sr.shape)}")
     if not (sr.is_floating_point() and gt.is_floating_point()):
         raise TypeError(f"sr and gt must be floating-point tensors, got {sr.dtype} and {gt.dtype}")
     if channel_weights is not None and channel_weights.shape != sr.shape[:2]:
         raise ValueError(f"channel_weights must have shape {tuple(sr.shape[:2])}, got {tuple(channel_weights.shape)}")
+    for name, tensor in (("gt", gt), ("channel_weights", channel_weights)):
+        if tensor is not None and tensor.device != sr.device:
+            raise ValueError(f"sr and {name} must be on one device, got {sr.device} and {tensor.device}")
     keep = None if channel_weights is None else channel_weights.detach() != 0
     gram_difference, moments = operator(sr, gt.detach(), keep, gram, check_precision(precision))
     return SecondOrderStatistics(gram_difference if gram else None, *moments.unbind(1))
@@ -115,7 +119,7 @@ def backward_formula(
         gradient = torch.addcmul(d, x - mean_x, b).addcmul_(y - mean_y, c).addcmul_(x - y, a)
         if mixing is not None:
             gradient = gradient.baddbmm_(mixing, x)
-    return gradient.to(sr.dtype).reshape(sr.shape)
+    return gradient.to(sr.dtype).contiguous().reshape(sr.shape)
 
 
 operator = torch.library.custom_op("mghf_loss::second_order_statistics", statistics_formula, mutates_args=())

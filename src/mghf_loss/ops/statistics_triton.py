@@ -81,7 +81,7 @@ def statistics_triton(
     sr: Tensor, gt: Tensor, keep: Tensor | None, gram: bool, precision: str, *, stages: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """As `statistics_formula`, by kernels. `stages` overrides num_stages, to test that it changes nothing."""
-    x, y = sr.flatten(2), gt.flatten(2)
+    x, y = _map(sr), _map(gt)
     batch, channels, places = x.shape
     capability, processors = device_properties(x.device)
     tile = tiles(channels, x.element_size(), precision, capability, _aligned(x, y))
@@ -130,7 +130,7 @@ def backward_triton(
     sr: Tensor, gt: Tensor, keep: Tensor | None, mixing: Tensor | None, coefficients: Tensor, precision: str
 ) -> Tensor:
     """As `backward_formula`, by one kernel."""
-    x, y = sr.flatten(2), gt.flatten(2)
+    x, y = _map(sr), _map(gt)
     batch, channels, places = x.shape
     tile = tiles(channels, x.element_size(), precision, device_properties(x.device)[0], _aligned(x, y))
     gradient = torch.empty_like(sr, memory_format=torch.contiguous_format)
@@ -172,6 +172,12 @@ def launch_options(warps: int, stages: int) -> dict[str, int | bool]:
     return {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}  # Triton 3.10 turns fusion off
 
 
+def _map(level: Tensor) -> Tensor:
+    """Features as (B, C, N), such that offsets along the places fit into the kernels' 32 bits."""
+    level = level.flatten(2)
+    return level if level.shape[2] * level.stride(2) < 2**31 else level.contiguous()
+
+
 def _aligned(x: Tensor, y: Tensor) -> bool:
     return all(size % 16 == 0 for size in (x.shape[2], *x.stride()[:2], *y.stride()[:2]))
 
@@ -191,8 +197,9 @@ def _split_places(x: Tensor, tile: Tiles, gram: bool, processors: int) -> int:
 
 @triton.jit
 def _round_tf32(x):
-    # To nearest, ties away from zero. Tensor cores drop the low 13 bits.
-    bits = x.to(tl.int32, bitcast=True)
+    # To nearest, ties away from zero. Tensor cores drop the low 13 bits. The minimum keeps the NaN that GPUs make,
+    # 0x7fffffff, from overflowing to -0; a comparison of x with itself would take registers to the point of spills.
+    bits = tl.minimum(x.to(tl.int32, bitcast=True), 0x7FFFEFFF)
     return ((bits + 0x1000) & -8192).to(tl.float32, bitcast=True)
 
 
