@@ -7,6 +7,7 @@ import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ import torch
 from PIL import Image
 from skimage import data
 
-from mghf_loss import MGHFLoss, __version__, cli
+from mghf_loss import MGHFLoss, __version__, cli, training
 from mghf_loss.images import read_image
 
 
@@ -209,8 +210,11 @@ def test_a_missing_extra_is_named(command, module, extra, pair, tmp_path, monkey
         "tensorboard": ["--images", str(tmp_path), "--tensorboard", *small],
         "eval-inn": [str(tmp_path), *out],
     }
-    for loaded in [name for name in sys.modules if name.startswith(("mghf_loss.training", f"{module}."))]:
+    for loaded in [name for name in sys.modules if name.startswith(("mghf_loss.training.", f"{module}."))]:
         monkeypatch.delitem(sys.modules, loaded)
+    for name, value in list(vars(training).items()):
+        if isinstance(value, ModuleType):  # or later tests would meet a second copy of it
+            monkeypatch.delattr(training, name)
     monkeypatch.setitem(sys.modules, module, None)
     assert cli.main([command, *arguments.get(command, arguments.get(module, []))]) == 2
     assert f"pip install 'mghf-loss[{extra}]'" in capsys.readouterr().err

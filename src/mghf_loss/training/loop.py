@@ -156,6 +156,9 @@ def train_inn(config: TrainConfig, network_config: INNConfig, cpu: bool = False)
         disable=not main,
     )
     rank, processes = accelerator.process_index, accelerator.num_processes
+    if main:
+        resumed = f", resumed at step {start}" if start else ""
+        tqdm.write(f"processes: {processes}, device: {accelerator.device}, batch: {config.batch}{resumed}")
     crops = batches(source, start, config.steps, config.batch, rank, processes, config.threads)
     for step, batch in zip(progress, crops, strict=True):
         first_slot = step * config.batch + rank * len(batch)
