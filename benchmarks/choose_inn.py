@@ -39,6 +39,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from coefficients import gradient_norms
 from losses import device_name
 from metrics import METRICS, judge
 from safetensors.torch import load_file, save_file
@@ -184,8 +185,8 @@ def describe(settings: Settings, name: str) -> None:
     network = HighFrequencyINN.from_pretrained(settings.network(name)).to(settings.device)
     crops = random_crops(photographs(settings.train), CALIBRATION_CROPS, torch.Generator().manual_seed(0))
     gt = unit_range(crops, settings.device)
-    wanted = gradient_norms(MGHFLoss().to(settings.device), gt)
-    norms = gradient_norms(MGHFLoss(inn=copy.deepcopy(network)).to(settings.device), gt)
+    wanted = median_norms(MGHFLoss().to(settings.device), gt)
+    norms = median_norms(MGHFLoss(inn=copy.deepcopy(network)).to(settings.device), gt)
     write_json(
         settings.candidate_file(name),
         {
@@ -200,14 +201,10 @@ def describe(settings: Settings, name: str) -> None:
     )
 
 
-def gradient_norms(criterion: MGHFLoss, gt: Tensor) -> dict[str, float]:
+def median_norms(criterion: MGHFLoss, gt: Tensor) -> dict[str, float]:
     """Median over images of the norm of each unweighted term's gradient with respect to SR, at bicubic x4."""
-    sr = upscale(downscale(gt)).requires_grad_()
-    values = criterion.term_values(sr, gt, torch.Generator(gt.device).manual_seed(0))
-    gradients = {
-        term: torch.autograd.grad(value.sum(), sr, retain_graph=True)[0].flatten(1) for term, value in values.items()
-    }
-    return {term: gradient.norm(dim=1).median().item() for term, gradient in gradients.items()}
+    norms = gradient_norms(criterion, gt, torch.Generator(gt.device).manual_seed(0))
+    return {term: norms[term].median().item() for term in criterion.coefficients}
 
 
 @torch.no_grad()

@@ -25,10 +25,12 @@ from mghf_loss.tables import write_table
 from mghf_loss.training.data import Cropping, FolderCrops, list_images
 
 
-def gradient_norms(criterion: mghf_loss.MGHFLoss, gt: Tensor) -> dict[str, Tensor]:
+def gradient_norms(
+    criterion: mghf_loss.MGHFLoss, gt: Tensor, generator: torch.Generator | None = None
+) -> dict[str, Tensor]:
     """Norm per image, (B,), of the gradient of L1 and of every unweighted term at bicubic x4."""
     sr = upscale(downscale(gt)).requires_grad_()
-    values = {"l1": F.l1_loss(sr, gt, reduction="none").mean((1, 2, 3)), **criterion.term_values(sr, gt)}
+    values = {"l1": F.l1_loss(sr, gt, reduction="none").mean((1, 2, 3)), **criterion.term_values(sr, gt, generator)}
     norms = {}
     for name, value in values.items():
         (gradient,) = torch.autograd.grad(value.sum(), sr, retain_graph=True)

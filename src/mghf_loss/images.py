@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 
 def check_image(name: str, image: Tensor, least_size: int = 1) -> None:
@@ -77,6 +82,18 @@ def pad_to_multiple(image: Tensor, multiple: int) -> Tensor:
     return F.pad(image, (0, right, 0, bottom), mode="reflect") if bottom or right else image
 
 
+@contextmanager
+def open_image(source: str | Path | BinaryIO, name: str | None = None) -> Iterator[Image.Image]:
+    """Open an image file with Pillow; raise `OSError`, with `name` or else the path, where that or its use fails."""
+    from PIL import Image
+
+    try:
+        with Image.open(source) as image:
+            yield image
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise OSError(f"cannot read image {name or source}: {error}") from error
+
+
 def read_pixels(source: str | Path | BinaryIO, name: str | None = None) -> Tensor:
     """Read an image file as (3, H, W) RGB, uint8; grey is repeated, transparency laid on white.
 
@@ -85,16 +102,13 @@ def read_pixels(source: str | Path | BinaryIO, name: str | None = None) -> Tenso
     import numpy as np
     from PIL import Image
 
-    try:
-        with Image.open(source) as image:
-            if image.mode.startswith(("I", "F")):
-                raise OSError(f"{image.mode} pixels are not supported, expected 8 bits a channel")
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            pixels = np.asarray(image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise OSError(f"cannot read image {name or source}: {error}") from error
+    with open_image(source, name) as image:
+        if image.mode.startswith(("I", "F")):
+            raise OSError(f"{image.mode} pixels are not supported, expected 8 bits a channel")
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        pixels = np.asarray(image.convert("RGB"))
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1)
 
 

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..images import read_pixels
+from ..images import open_image, read_pixels
 from .dead_leaves import dead_leaves
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
@@ -103,14 +103,9 @@ class ImageFile:
     """One file as a training image: `read` decodes it, `name` and `area` (in pixels) are known before."""
 
     def __init__(self, path: Path) -> None:
-        from PIL import Image
-
         self.name = str(path)
-        try:
-            with Image.open(path) as image:  # the header only
-                self.size = image.size
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise OSError(f"cannot read image {path}: {error}") from error
+        with open_image(path) as image:  # the header only
+            self.size = image.size
 
     def read(self) -> Tensor:
         """Decode as (3, H, W), uint8."""
