@@ -23,36 +23,38 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
-import json
-import os
 import statistics
-import threading
 import time
-from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
-from datetime import datetime, timezone
-from functools import cache, partial
-from multiprocessing import get_context, parent_process
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from coefficients import gradient_norms
-from losses import device_name
 from metrics import METRICS, judge
+from runs import (
+    photographs,
+    provenance,
+    random_crops,
+    read_json,
+    run_all,
+    slug,
+    spread,
+    step_generator,
+    unit_range,
+    write_json,
+)
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from mghf_loss import HighFrequencyINN, INNConfig, MGHFLoss, checkpoints
 from mghf_loss.checkpoints import write_atomically
 from mghf_loss.demo import MGHF_WEIGHT, SmallSR, downscale, upscale
-from mghf_loss.images import read_pixels
 from mghf_loss.mghf import DEFAULT_COEFFICIENTS
 from mghf_loss.tables import format_table, write_table
-from mghf_loss.training.data import list_images
 from mghf_loss.training.loop import TrainConfig, train_inn
 from mghf_loss.training.objective import add_noise, code_length
 
@@ -119,47 +121,11 @@ class Settings:
         """Whether `path` holds a result of these settings; raises where it holds one of others."""
         if not path.exists():
             return False
-        stored, now = json.loads(path.read_text(encoding="utf-8"))["settings"], self.identity()
+        stored, now = read_json(path)["settings"], self.identity()
         changed = [key for key, value in stored.items() if now[key] != value]
         if changed:
             raise SystemExit(f"{path} is of another comparison (different: {', '.join(changed)}); choose another --out")
         return True
-
-
-def slug(name: str) -> str:
-    return name.replace(" ", "-")
-
-
-def write_json(path: Path, content: object) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(content, indent=2) + "\n", "utf-8"))
-
-
-@cache  # once in a worker; as bytes, because all of them as floats would not fit
-def photographs(folder: Path) -> list[Tensor]:
-    """The images below `folder`, (3, H, W), uint8, cut to multiples of 4."""
-    images = []
-    for path in list_images(folder):
-        image = read_pixels(path)
-        if min(image.shape[-2:]) < SR_CROP:
-            raise ValueError(f"{path} is smaller than a crop of {SR_CROP} x {SR_CROP}: {tuple(image.shape)}")
-        images.append(image)
-    return [image[:, : image.shape[-2] // 4 * 4, : image.shape[-1] // 4 * 4] for image in images]
-
-
-def unit_range(pixels: Tensor, device: str) -> Tensor:
-    """(3, H, W) or (B, 3, H, W), uint8, to (B, 3, H, W) in [0, 1]."""
-    return pixels.reshape(-1, *pixels.shape[-3:]).to(device).float() / 255
-
-
-def random_crops(images: list[Tensor], count: int, generator: torch.Generator) -> Tensor:
-    """Draw (count, 3, 64, 64), uint8: a photograph, then a place in it."""
-    crops = []
-    for _ in range(count):
-        image = images[int(torch.randint(len(images), (), generator=generator))]
-        top, left = (int(torch.randint(side - SR_CROP + 1, (), generator=generator)) for side in image.shape[-2:])
-        crops.append(image[:, top : top + SR_CROP, left : left + SR_CROP])
-    return torch.stack(crops)
 
 
 # Stage 1: the candidates.
@@ -183,7 +149,7 @@ def describe(settings: Settings, name: str) -> None:
         with log.open("a", encoding="utf-8") as file, contextlib.redirect_stderr(file):
             train_inn(training, CANDIDATES[name], cpu=settings.device == "cpu")
     network = HighFrequencyINN.from_pretrained(settings.network(name)).to(settings.device)
-    crops = random_crops(photographs(settings.train), CALIBRATION_CROPS, torch.Generator().manual_seed(0))
+    crops = random_crops(photographs(settings.train), CALIBRATION_CROPS, SR_CROP, torch.Generator().manual_seed(0))
     gt = unit_range(crops, settings.device)
     wanted = median_norms(MGHFLoss().to(settings.device), gt)
     norms = median_norms(MGHFLoss(inn=copy.deepcopy(network)).to(settings.device), gt)
@@ -249,7 +215,7 @@ def train_and_judge(settings: Settings, name: str, seed: int) -> None:
     start, path = time.perf_counter(), settings.run_file(name, seed)
     criterion = None
     if name != REFERENCE:
-        coefficients = json.loads(settings.candidate_file(name).read_text(encoding="utf-8"))["coefficients"]
+        coefficients = read_json(settings.candidate_file(name))["coefficients"]
         criterion = MGHFLoss(coefficients, inn=settings.network(name)).to(settings.device)
     model = train_sr(photographs(settings.train), criterion, settings.sr_steps, seed, settings.device)
     gts = [unit_range(image, settings.device) for image in photographs(settings.val)]
@@ -265,9 +231,7 @@ def train_and_judge(settings: Settings, name: str, seed: int) -> None:
             "seed": seed,
             "metrics": scores,
             "seconds": time.perf_counter() - start,
-            "device": device_name(torch.device(settings.device)),
-            "torch": torch.__version__,
-            "date": datetime.now(timezone.utc).date().isoformat(),
+            **provenance(settings.device),
             "settings": settings.identity(),
         },
     )
@@ -281,7 +245,7 @@ def train_sr(images: list[Tensor], criterion: MGHFLoss | None, steps: int, seed:
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=1.5e-3, total_steps=steps, pct_start=0.1)
     patches = torch.Generator(device).manual_seed(seed)
     for step in range(steps):
-        crops = random_crops(images, SR_BATCH, torch.Generator().manual_seed(1_000_003 * (seed + 1) + step))
+        crops = random_crops(images, SR_BATCH, SR_CROP, step_generator(seed, step))
         gt = unit_range(crops, device)
         sr = model(downscale(gt))
         loss = F.l1_loss(sr, gt)
@@ -295,47 +259,14 @@ def train_sr(images: list[Tensor], criterion: MGHFLoss | None, steps: int, seed:
     return model
 
 
-# The pool.
-
-
-def start_worker() -> None:
-    """One thread a worker, which ends with its parent, even a killed one."""
-    torch.set_num_threads(1)
-    parent = parent_process()
-    assert parent is not None
-
-    def leave_with_parent() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=leave_with_parent, daemon=True).start()
-
-
-def run_all(jobs: dict[str, Callable[[], None]], workers: int, title: str) -> None:
-    """Run the jobs in processes of their own; the first failure ends what has not begun, and is raised."""
-    if not jobs:
-        return
-    with ProcessPoolExecutor(workers, get_context("spawn"), start_worker) as pool:
-        futures = {pool.submit(job): label for label, job in jobs.items()}
-        try:
-            for future in tqdm(as_completed(futures), total=len(futures), desc=title, unit="run"):
-                try:
-                    future.result()
-                except Exception as error:
-                    raise RuntimeError(f"{futures[future]} failed: {error}") from error
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-
-
 # The report.
 
 
 def load_runs(out: Path) -> list[dict[str, Any]]:
     """One row a run, in the order of `NAMES` and seeds."""
-    candidates = [json.loads(path.read_text(encoding="utf-8")) for path in (out / "candidates").glob("*.json")]
+    candidates = [read_json(path) for path in (out / "candidates").glob("*.json")]
     described = {candidate["name"]: candidate for candidate in candidates}
-    runs = [json.loads(path.read_text(encoding="utf-8")) for path in (out / "runs").glob("*.json")]
+    runs = [read_json(path) for path in (out / "runs").glob("*.json")]
     if not runs:
         raise SystemExit(f"no finished run below {out}")
     rows = []
@@ -357,11 +288,6 @@ def load_runs(out: Path) -> list[dict[str, Any]]:
             }
         )
     return rows
-
-
-def spread(values: list[float]) -> tuple[float, float]:
-    """Mean and half the range."""
-    return statistics.mean(values), (max(values) - min(values)) / 2
 
 
 def summarise(rows: list[dict[str, Any]]) -> dict[str, dict[str, tuple[float, float]]]:
@@ -391,7 +317,7 @@ def print_report(rows: list[dict[str, Any]]) -> None:
 def print_coefficients(settings: Settings, names: Iterable[str]) -> None:
     table = []
     for name in names:
-        coefficients = json.loads(settings.candidate_file(name).read_text(encoding="utf-8"))["coefficients"]
+        coefficients = read_json(settings.candidate_file(name))["coefficients"]
         table.append(
             {
                 "candidate": name,

@@ -39,9 +39,9 @@ class Run:
 class SmallSR(nn.Module):
     """A small EDSR: residual blocks at low resolution, pixel shuffle, added to bicubic."""
 
-    def __init__(self, width: int = 32, blocks: int = 4) -> None:
+    def __init__(self, width: int = 32, blocks: int = 4, in_channels: int = 3) -> None:
         super().__init__()
-        self.head = nn.Conv2d(3, width, 3, padding=1)
+        self.head = nn.Conv2d(in_channels, width, 3, padding=1)
         self.blocks = nn.ModuleList(
             nn.Sequential(
                 nn.Conv2d(width, width, 3, padding=1), nn.ReLU(inplace=True), nn.Conv2d(width, width, 3, padding=1)
@@ -54,10 +54,14 @@ class SmallSR(nn.Module):
 
     def forward(self, lr: Tensor) -> Tensor:
         """Upscale (B, 3, h, w) to (B, 3, 4h, 4w)."""
-        x = self.head(lr)
+        return upscale(lr) + self.residual(lr)
+
+    def residual(self, x: Tensor) -> Tensor:
+        """Map (B, C, h, w), C the constructor's `in_channels`, to what is added to an image (B, 3, 4h, 4w)."""
+        x = self.head(x)
         for block in self.blocks:
             x = x + block(x)
-        return upscale(lr) + F.pixel_shuffle(self.tail(x), SCALE)
+        return F.pixel_shuffle(self.tail(x), SCALE)
 
 
 def upscale(lr: Tensor) -> Tensor:

@@ -87,6 +87,7 @@ class MGHFLoss(nn.Module):
         input_range: values of black and white; values outside are taken as they are, never clamped.
         patches: places of PatchNCE, drawn at random anew in each call; None for all of them.
         modulation: of PatchNCE's negatives: `"hard"`, `"easy"` or `"plain"`.
+        temperature: of PatchNCE's similarities.
         prune: fraction of channels, those of least entropy, that are dropped, in [0, 1).
         reduction: `"mean"`, `"sum"` or `"none"` (per image).
         dino: the DINO term's model; see `DinoJSDLoss`.
@@ -107,6 +108,7 @@ class MGHFLoss(nn.Module):
         input_range: tuple[float, float] = (0.0, 1.0),
         patches: int | None = 256,
         modulation: terms.Modulation = "hard",
+        temperature: float = 0.07,
         prune: float = 0.25,
         reduction: terms.Reduction = "mean",
         dino: str | nn.Module = DEFAULT_MODEL,
@@ -117,6 +119,7 @@ class MGHFLoss(nn.Module):
         self.input_range = images.check_range(input_range)
         self.patches = terms.check_patches(patches)
         self.modulation: terms.Modulation = terms.check_modulation(modulation)
+        self.temperature = terms.check_positive("temperature", temperature)
         if not isinstance(prune, Real) or not 0 <= prune < 1:
             raise ValueError(f"prune must be a fraction in [0, 1), got {prune!r}")
         self.prune = prune
@@ -214,6 +217,7 @@ class MGHFLoss(nn.Module):
                 weights,
                 patches=self.patches,
                 modulation=self.modulation,
+                temperature=self.temperature,
                 generator=generator,
                 reduction="none",
                 precision=self.precision,

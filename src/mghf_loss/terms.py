@@ -11,8 +11,10 @@ features. Whoever wants more than one of them computes `mghf_loss.ops.second_ord
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import wraps
+from numbers import Real
 from typing import Any, Literal, TypeVar, cast, get_args
 
 import torch
@@ -166,8 +168,7 @@ def patch_nce(
     check_modulation(modulation)
     check_patches(patches)
     for name, value in (("temperature", temperature), ("eps", eps), ("negative_weight", negative_weight)):
-        if not value > 0:
-            raise ValueError(f"{name} must be positive, got {value!r}")
+        check_positive(name, value)
     sr, gt = sr_level.flatten(2), gt_level.flatten(2)
     if patches is not None and patches < sr.shape[2]:
         device = sr.device if generator is None else generator.device
@@ -210,6 +211,13 @@ def check_modulation(modulation: Modulation) -> Modulation:
     if modulation not in MODULATIONS:
         raise ValueError(f"modulation must be one of {MODULATIONS}, got {modulation!r}")
     return modulation
+
+
+def check_positive(name: str, value: float) -> float:
+    """Return `value`, or raise `ValueError` unless it is a finite number above 0."""
+    if not isinstance(value, Real) or not 0 < value < math.inf:
+        raise ValueError(f"{name} must be positive and finite, got {value!r}")
+    return float(value)
 
 
 def check_patches(patches: int | None) -> int | None:
