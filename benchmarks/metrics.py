@@ -41,6 +41,7 @@ METRICS: dict[str, Literal["higher", "lower", "one"]] = {
 BORDER = 4
 LEAST_SIDE = 200  # two NIQE blocks of 96 and the border
 PATCH, STRIDE = 64, 32
+LAST_BLOCKS = (0, 2, 4, 10)  # of EfficientNet-Lite0 at strides 2, 4, 8 and 16
 RINGS = 32  # of a radial spectrum, from 0 to the Nyquist frequency of 1/2 cycle per pixel
 LR_NYQUIST = 1 / 8  # in cycles per pixel of an image enlarged x4
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
@@ -221,6 +222,18 @@ def _gt_features(gts: Sequence[Tensor]) -> Tensor:
         _known_gt_features.clear()
         _known_gt_features[key] = patch_features(gts)
     return _known_gt_features[key]
+
+
+def efficientnet_maps(images: Tensor) -> list[Tensor]:
+    """Maps of EfficientNet-Lite0 (ImageNet) at strides 2, 4, 8 and 16, of (B, 3, H, W) in [0, 1], differentiable."""
+    network = _efficientnet().to(images.device)
+    x = network._swish(network._bn0(network._conv_stem((255 * images - 127) / 128)))  # as the network was trained
+    maps = []
+    for index, block in enumerate(network._blocks[: LAST_BLOCKS[-1] + 1]):
+        x = block(x)
+        if index in LAST_BLOCKS:
+            maps.append(x)
+    return maps
 
 
 @functools.cache

@@ -258,7 +258,6 @@ def gradient_file(out: Path, name: str) -> Path:
 def train_and_judge(config: Config, place: Place, run: Run) -> None:
     """Train one model, unless it is there, and store its figures."""
     path = run.file(place.out)
-    path.parent.mkdir(parents=True, exist_ok=True)
     train, tuning = split(place, config.tuning)
     try:
         model, seconds = trained_model(config, place, run, train)
@@ -285,6 +284,7 @@ def trained_model(config: Config, place: Place, run: Run, images: list[Tensor]) 
     loss = None if spec is None else peers.build(spec.type, spec.options, place.device)
     model = train_model(config.training, run, loss, images, place.device)
     seconds = time.perf_counter() - start
+    path.parent.mkdir(parents=True, exist_ok=True)
     state = {key: value.cpu().contiguous() for key, value in model.state_dict().items()}
     metadata = {"settings": identity, "seconds": f"{seconds:.2f}"}
     write_atomically(path, lambda temporary: save_file(state, temporary, metadata))

@@ -21,13 +21,16 @@ Reference: Zhang et al., "Designing a practical degradation model for deep blind
 
 from __future__ import annotations
 
+from io import BytesIO
+
 import torch
 import torch.nn.functional as F
 from kornia.filters import filter2d, get_gaussian_kernel2d, get_motion_kernel2d
+from PIL import Image
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_jpeg, encode_jpeg
 
 from mghf_loss.demo import SCALE, downscale, upscale
+from mghf_loss.images import read_pixels
 
 TASKS = ("sr-bicubic", "sr-noise", "sr-jpeg", "sr-bsrgan", "denoise", "deblur", "dejpeg", "inpaint")
 KERNEL = 15
@@ -86,12 +89,13 @@ def add_noise(images: Tensor, sigmas: Tensor, generator: torch.Generator) -> Ten
 
 
 def jpeg(images: Tensor, qualities: Tensor) -> Tensor:
-    """Through JPEG with 4:2:0 chroma, at integer parts of `qualities`, (B,)."""
-    pixels = (images.clamp(0, 1) * 255).round().byte().cpu()
-    decoded = [
-        decode_jpeg(encode_jpeg(each, int(quality)), ImageReadMode.RGB)
-        for each, quality in zip(pixels, qualities, strict=True)
-    ]
+    """Through Pillow's JPEG, with 4:2:0 chroma, at the integer parts of `qualities`, (B,)."""
+    decoded = []
+    for image, quality in zip(images, qualities, strict=True):
+        pixels = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+        file = BytesIO()
+        Image.fromarray(pixels).save(file, "jpeg", quality=int(quality), subsampling="4:2:0")
+        decoded.append(read_pixels(file))
     return torch.stack(decoded).to(images.device).float() / 255
 
 

@@ -1,0 +1,344 @@
+"""Tables and figures of quality.py's finished runs: `python benchmarks/quality.py report CONFIG --out DIR`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from metrics import METRICS
+from quality import (
+    PIXEL,
+    Config,
+    Grid,
+    Run,
+    Training,
+    choose,
+    factors,
+    gradient_file,
+    grid_runs,
+    load_model,
+    pixel_run,
+    restore,
+    sweep_runs,
+    tuned,
+)
+from runs import read_json, slug, spread
+from torch import Tensor
+
+from mghf_loss.checkpoints import write_atomically
+from mghf_loss.demo import photograph
+from mghf_loss.tables import write_table
+
+Summary = dict[str, dict[str, tuple[float, float]]]  # loss -> metric -> mean, half the range over seeds
+
+ARROWS = {"higher": "↑", "lower": "↓", "one": "→1"}
+FRONT_METRICS = ("niqe", "kid", "frechet", "spectrum_error", "clipiqa", "musiq")
+MOST_CHANGE = 0.2  # of a matrix's colours
+CROP, CROP_STRIDE = 96, 32
+CROP_PHOTOGRAPHS = ("chelsea", "coffee", "astronaut", "rocket", "stereo_motorcycle")
+
+
+def write_report(config: Config, out: Path, csv: Path, figures: Path | None = None) -> None:
+    """Write the table of all runs, OUT/report.md and the figures; say what is missing."""
+    figures = figures or out
+    figures.mkdir(parents=True, exist_ok=True)
+    skipped = read_json(out / "skipped.json")
+    sweep = [name for name in tuned(config) if name not in skipped]
+    if not all(run.file(out).exists() for name in sweep for run in sweep_runs(config, out, name).values()):
+        raise SystemExit(f"the sweep below {out} is not finished: no factor is chosen yet")
+    factor = factors(config, out, [name for name in config.losses if name not in skipped])
+    results = load_results(out)
+    text = [
+        f"{config.training.steps} steps of {config.training.batch} x {config.training.crop}²; "
+        f"{', '.join(sorted({result['device'] for result in results.values()}))}; "
+        f"PyTorch {', '.join(sorted({result['torch'] for result in results.values()}))}; "
+        f"{min(result['date'] for result in results.values())}.",
+    ]
+    unmeasured = [name for name in METRICS if not any(name in result["val"] for result in results.values())]
+    if unmeasured:
+        text.append(f"Not measured, weights or package missing: {', '.join(unmeasured)}.")
+    text += [f"Skipped: {name} ({reason})." for name, reason in skipped.items()]
+
+    choices = [row for name in sweep for row in choose(config, out, name)[1]]
+    text.append("## Choice of the factors\n\n" + markdown([describe_choice(row) for row in choices]))
+    for grid in config.grids:
+        for model in grid.models:
+            for task in grid.tasks:
+                of_task = [run for run in grid_runs(grid, factor) if (run.model, run.task) == (model, task)]
+                summary = summarise(of_task, out, results)
+                title = f"{grid.name}: {model}, {task}"
+                missing = len([run for run in of_task if run.file(out) not in results])
+                note = f"\n\n{missing} of {len(of_task)} runs are not finished." if missing else ""
+                if not summary:
+                    text.append(f"## {title}\n\nNot run.")
+                    continue
+                text.append(f"## {title}\n\n{markdown(summary_table(summary))}{note}\n\n{fronts(summary)}")
+                plot_matrix(figures / f"quality-{slug(title)}.png", title, summary, grid.reference)
+    plot_curves(figures / "quality-curves.png", config, out, results, factor)
+    compared = [name for name in ("EfficientNet", "MGHF-n", "MGHF-c") if name in factor]
+    if pixel_run(config).file(out) in results and compared:
+        plot_crops(figures / "quality-crops.png", config, out, factor, compared)
+    report = "\n\n".join(text) + "\n"
+    write_atomically(out / "report.md", lambda temporary: temporary.write_text(report, "utf-8"))
+    csv.parent.mkdir(parents=True, exist_ok=True)
+    write_table(csv, rows_of_runs(config, out, results, factor))
+    print(report)
+    print(f"wrote {csv}, {out / 'report.md'} and figures in {figures}")
+
+
+def load_results(out: Path) -> dict[Path, dict[str, Any]]:
+    """The finished runs below `out`, by file."""
+    results = {path: read_json(path) for path in sorted((out / "runs").glob("*.json"))}
+    if not results:
+        raise SystemExit(f"no finished run below {out}")
+    return results
+
+
+def rows_of_runs(
+    config: Config, out: Path, results: Mapping[Path, Mapping[str, Any]], factor: Mapping[str, float]
+) -> list[dict[str, Any]]:
+    """One row a run, in equal columns."""
+    rows = []
+    for result in results.values():
+        gradients = gradient_file(out, result["loss"])
+        unit = read_json(gradients)["gradient_ratio"] if gradients.exists() else None
+        rows.append(
+            {
+                "model": result["model"],
+                "task": result["task"],
+                "loss": result["loss"],
+                "adversarial": result["adversarial"],
+                "seed": result["seed"],
+                "factor": result["factor"],
+                "gradient_ratio": "" if unit is None else f"{result['factor'] * unit:.3g}",
+                "chosen": result["factor"] == factor.get(result["loss"]),
+                **{name: f"{result['val'][name]:.6g}" if name in result["val"] else "" for name in METRICS},
+                "failure": result.get("failure", ""),
+                **{each.name: result["settings"][each.name] for each in fields(Training)},
+                "training_seconds": f"{result['seconds']:.1f}" if "seconds" in result else "",
+                "device": result["device"],
+                "torch": result["torch"],
+                "date": result["date"],
+            }
+        )
+    return rows
+
+
+def summarise(runs: Sequence[Run], out: Path, results: Mapping[Path, Mapping[str, Any]]) -> Summary:
+    """Mean and half the range over the seeds that are finished; a loss that diverged with any seed has no figures."""
+    summary: Summary = {}
+    for loss in dict.fromkeys(run.loss for run in runs):
+        found = [results[run.file(out)] for run in runs if run.loss == loss and run.file(out) in results]
+        if not found:
+            continue
+        values = [result["val"] for result in found]
+        summary[loss] = {
+            name: spread([value[name] for value in values])
+            for name in METRICS
+            if all(name in value for value in values)
+        }
+    return summary
+
+
+def measured(summary: Summary) -> list[str]:
+    """Metrics that any loss has, in their usual order."""
+    return [name for name in METRICS if any(name in metrics for metrics in summary.values())]
+
+
+def figure_text(mean: float, half: float) -> str:
+    return f"{mean:.4g}" + (f" ± {half:.2g}" if half else "")
+
+
+def summary_table(summary: Summary) -> list[dict[str, str]]:
+    return [
+        {
+            "loss": loss,
+            **{
+                f"{name.replace('_', ' ')} {ARROWS[METRICS[name]]}": figure_text(*metrics[name])
+                if name in metrics
+                else "diverged"
+                for name in measured(summary)
+            },
+        }
+        for loss, metrics in summary.items()
+    ]
+
+
+def describe_choice(row: Mapping[str, Any]) -> dict[str, str]:
+    return {
+        "loss": row["loss"],
+        "ratio": f"{row['ratio']:g}",
+        "factor": f"{row['factor']:.3g}",
+        "PSNR against L1, dB": f"{row['psnr_change']:+.2f}",
+        "score": f"{row['score']:+.3f}",
+        "chosen": "yes" if row["chosen"] else "",
+    }
+
+
+def markdown(table: Sequence[Mapping[str, str]]) -> str:
+    columns = list(table[0])
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    return "\n".join(lines + ["| " + " | ".join(row[column] for column in columns) + " |" for row in table])
+
+
+def badness(metric: str, value: float) -> float:
+    """Less is better, whatever the metric."""
+    return {"higher": -value, "lower": value, "one": abs(value - 1)}[METRICS[metric]]
+
+
+def front(summary: Summary, metric: str) -> list[str]:
+    """Losses that no other beats in both PSNR and `metric`, by their means."""
+    points = {
+        loss: (badness("psnr", metrics["psnr"][0]), badness(metric, metrics[metric][0]))
+        for loss, metrics in summary.items()
+        if metric in metrics
+    }
+    return [
+        loss
+        for loss, (x, y) in points.items()
+        if not any(a <= x and b <= y and (a, b) != (x, y) for a, b in points.values())
+    ]
+
+
+def fronts(summary: Summary) -> str:
+    """A line for each perception metric."""
+    metrics = [name for name in FRONT_METRICS if name in measured(summary)]
+    return "\n".join(
+        f"- Front of PSNR and {name.replace('_', ' ')}: {', '.join(front(summary, name))}" for name in metrics
+    )
+
+
+def plot_matrix(path: Path, title: str, summary: Summary, reference: str) -> None:
+    """Every figure of a table, coloured by how much better or worse than the reference's it is."""
+    from matplotlib import pyplot as plt
+
+    metrics, losses = measured(summary), list(summary)
+    changes = torch.zeros(len(losses), len(metrics))
+    for row, loss in enumerate(losses):
+        for column, metric in enumerate(metrics):
+            if metric in summary[loss] and metric in summary.get(reference, {}):
+                ours, theirs = (badness(metric, summary[name][metric][0]) for name in (loss, reference))
+                changes[row, column] = (theirs - ours) / max(abs(theirs), 1e-12)
+    figure, axis = plt.subplots(figsize=(1.15 * len(metrics) + 2, 0.36 * len(losses) + 1.4), layout="constrained")
+    shown = axis.imshow(changes, cmap="PiYG", vmin=-MOST_CHANGE, vmax=MOST_CHANGE, aspect="auto")
+    for row, loss in enumerate(losses):
+        for column, metric in enumerate(metrics):
+            text = figure_text(*summary[loss][metric]) if metric in summary[loss] else "diverged"
+            axis.text(column, row, text, ha="center", va="center", fontsize=7)
+    axis.set_xticks(range(len(metrics)), [f"{name.replace('_', ' ')} {ARROWS[METRICS[name]]}" for name in metrics])
+    axis.tick_params(axis="x", labelrotation=30, labelsize=8, bottom=False, top=True, labelbottom=False, labeltop=True)
+    axis.set_yticks(range(len(losses)), losses, fontsize=8)
+    axis.set_title(f"{title}; green is better than {reference}", fontsize=9)
+    bar = figure.colorbar(shown, ax=axis, shrink=0.9)
+    bar.ax.yaxis.set_major_formatter(lambda value, _: f"{value:+.0%}")
+    save(figure, path)
+
+
+def plot_curves(
+    path: Path,
+    config: Config,
+    out: Path,
+    results: Mapping[Path, Mapping[str, Any]],
+    factor: Mapping[str, float],
+) -> None:
+    """Perception against distortion: a curve a loss over its factor; a disc with its seeds' range at the chosen one."""
+    from matplotlib import pyplot as plt
+
+    pixel = results[pixel_run(config).file(out)]["val"]
+    panels = [name for name in FRONT_METRICS if name in pixel]
+    columns = 2 if len(panels) > 1 else 1
+    rows = -(-len(panels) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(6.2 * columns, 4.8 * rows), layout="constrained", squeeze=False)
+    names = [name for name in tuned(config) if name in factor]
+    chosen_grid = Grid("", (PIXEL, *names), (config.tuning.model,), (config.tuning.task,), all_seeds(config))
+    summary = summarise(grid_runs(chosen_grid, factor), out, results)
+    for axis, metric in zip(axes.flat, panels, strict=False):
+        axis.plot(pixel["psnr"], pixel[metric], "k*", markersize=13, label=PIXEL, zorder=5)
+        for index, name in enumerate(names):
+            ours = name.startswith("MGHF")
+            values = [results[run.file(out)]["val"] for run in sweep_runs(config, out, name).values()]
+            points = [(value["psnr"], value[metric]) for value in values if metric in value]
+            style = {"color": f"C{index}", "linewidth": 2.6 if ours else 1.2, "zorder": 4 if ours else 2}
+            axis.plot(*zip(*points, strict=True), marker=".", label=name, **style)
+            if metric in summary.get(name, {}):
+                (x, dx), (y, dy) = summary[name]["psnr"], summary[name][metric]
+                axis.errorbar(x, y, dy, dx, fmt="o", color=f"C{index}", markersize=8, capsize=3, zorder=6)
+        axis.set_xlabel("PSNR in dB (more is better)")
+        axis.set_ylabel(f"{metric.replace('_', ' ')} {ARROWS[METRICS[metric]]}")
+        axis.grid(alpha=0.3)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_axis_off()
+    axes[0, 0].legend(fontsize=8)
+    ratios = ", ".join(f"{ratio:g}" for ratio in config.tuning.ratios)
+    figure.suptitle(
+        f"{config.tuning.model}, {config.tuning.task}: factors of {ratios} times L1's gradient; disc: chosen",
+        fontsize=10,
+    )
+    save(figure, path)
+
+
+def all_seeds(config: Config) -> tuple[int, ...]:
+    return tuple(sorted({seed for grid in config.grids for seed in grid.seeds} | {config.tuning.seed}))
+
+
+@torch.no_grad()
+def plot_crops(path: Path, config: Config, out: Path, factor: Mapping[str, float], losses: Sequence[str]) -> None:
+    """Where the last of `losses` gains and where it fails, by HaarPSI against L1: three windows of each kind.
+
+    The photographs are scikit-image's, which no model was trained on. Of each photograph the window of the largest
+    gain and that of the largest loss are candidates.
+    """
+    import piq
+    from matplotlib import pyplot as plt
+
+    tuning = config.tuning
+    runs = {PIXEL: pixel_run(config)} | {
+        name: Run(tuning.model, tuning.task, name, tuning.seed, factor[name]) for name in losses
+    }
+    models = {name: load_model(run, out) for name, run in runs.items()}
+    windows: list[tuple[float, dict[str, Tensor]]] = []
+    for index, name in enumerate(CROP_PHOTOGRAPHS):
+        gt = photograph(name)
+        pixels = (gt[0] * 255).round().byte()
+        images = {loss: restore(model, tuning.task, pixels, index, "cpu") for loss, model in models.items()}
+        stacks = {key: cut(image) for key, image in {**images, "ground truth": gt}.items()}
+        textured = stacks["ground truth"].std((1, 2, 3)) > 0.05
+        gains = piq.haarpsi(stacks[losses[-1]], stacks["ground truth"], reduction="none") - piq.haarpsi(
+            stacks[PIXEL], stacks["ground truth"], reduction="none"
+        )
+        for place in {int(gains.where(textured, gains.new_tensor(s * -9.0)).mul(s).argmax()) for s in (1, -1)}:
+            windows.append((gains[place].item(), {key: stack[place] for key, stack in stacks.items()}))
+    windows.sort(key=lambda window: -window[0])
+    chosen = windows[:3] + windows[-3:]
+    figure, axes = plt.subplots(
+        len(chosen), len(models) + 1, figsize=(2.2 * (len(models) + 1), 2.3 * len(chosen)), layout="constrained"
+    )
+    for index, (row, (gain, versions)) in enumerate(zip(axes, chosen, strict=True)):
+        for axis, (name, crop) in zip(row, versions.items(), strict=True):
+            axis.imshow(crop.permute(1, 2, 0).numpy(), interpolation="nearest")
+            axis.set_xticks([])
+            axis.set_yticks([])
+            if index == 0:
+                axis.set_title(name, fontsize=9)
+        row[0].set_ylabel(f"HaarPSI {gain:+.3f}", fontsize=8)
+    figure.suptitle(
+        f"largest gains (upper three) and losses (lower three) of {losses[-1]} against {PIXEL}", fontsize=10
+    )
+    save(figure, path)
+
+
+def cut(image: Tensor) -> Tensor:
+    """All windows of (1, 3, H, W) at a stride of 32, (n, 3, 96, 96)."""
+    windows = F.unfold(image.clamp(0, 1), CROP, stride=CROP_STRIDE)[0]
+    return windows.T.unflatten(1, (3, CROP, CROP))
+
+
+def save(figure: Any, path: Path) -> None:
+    from matplotlib import pyplot as plt
+
+    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=110))
+    plt.close(figure)
