@@ -22,6 +22,8 @@ FLOORS = {
     "checkpoints": 0,
     "images": 0,
     "frozen": 0,
+    "gt_cache": 0,
+    "memory": 0,
     "tables": 1,
     "ops.precision": 0,
     "ops.statistics": 1,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -14,6 +15,7 @@ from FrEIA.modules import HaarDownsampling, InvertibleModule
 from huggingface_hub import ModelHubMixin
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from . import checkpoints
 from .images import check_image, pad_to_multiple
@@ -261,13 +263,39 @@ class Level(nn.Module):
         # The orthonormal Haar low-pass doubles with each level; the condition stays in the image's range.
         self.condition_scale = 0.5**depth
 
-    def forward(self, x: Tensor, log_det_jac: bool) -> tuple[Tensor, Tensor, Tensor | float]:
-        """Return details (B, 4C - 3, h/2, w/2), low-pass (B, 3, h/2, w/2) and log|det| (Haar's is 0)."""
+    def forward(self, x: Tensor, log_det_jac: bool, recompute: bool = False) -> tuple[Tensor, Tensor, Tensor | float]:
+        """Return details (B, 4C - 3, h/2, w/2), low-pass (B, 3, h/2, w/2) and log|det| (Haar's is 0).
+
+        With `recompute`, which leaves no log|det|, autograd keeps what enters each coupling and nothing inside it.
+        """
+        if not recompute:
+            details, low = self._split(x)
+            details, log_det = self.flow(details, c=[low * self.condition_scale], jac=log_det_jac)
+            return details, low, log_det
+        # Step by step: recomputing a level or the whole network at once would keep somewhat less between the passes,
+        # but the backward pass, where memory is scarcest, would then hold as much as without.
+        details, low = self._checkpoint(self._first_step, x)
+        for k in range(1, len(self.flow) // 2):
+            details = self._checkpoint(self._step, k, details, low)
+        return details, low, 0.0
+
+    def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         bands = self.haar((x,), jac=False)[0][0].unflatten(1, (-1, 4))
-        low = bands[:, :3, 0]
-        details = torch.cat((bands[:, 3:, 0], bands[:, :, 1:].flatten(1, 2)), dim=1)
-        details, log_det = self.flow(details, c=[low * self.condition_scale], jac=log_det_jac)
-        return details, low, log_det
+        return torch.cat((bands[:, 3:, 0], bands[:, :, 1:].flatten(1, 2)), dim=1), bands[:, :3, 0]
+
+    def _first_step(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        details, low = self._split(x)
+        # Kept for the next level: a copy, for the view would keep all bands.
+        return self._step(0, details, low), low.contiguous()
+
+    def _step(self, k: int, details: Tensor, low: Tensor) -> Tensor:
+        """Mixing and coupling number k."""
+        for module in (self.flow[2 * k], self.flow[2 * k + 1]):
+            (details,), _ = module((details,), c=[low * self.condition_scale], jac=False)
+        return details
+
+    # Nothing random is in there whose state would have to be kept.
+    _checkpoint = staticmethod(partial(checkpoint, use_reentrant=False, preserve_rng_state=False))
 
     def inverse(self, details: Tensor, low: Tensor) -> Tensor:
         """Undo `forward`."""
@@ -311,14 +339,19 @@ class HighFrequencyINN(
         """2^levels: the least height and width, and what images are padded to a multiple of."""
         return 2**self.config.levels
 
-    def forward(self, image: Tensor, *, log_det_jac: bool = True) -> Latent:
-        """Map (B, 3, H, W) in [-1, 1] to a `Latent`; without log-determinants where they are not needed."""
+    def forward(self, image: Tensor, *, log_det_jac: bool = True, recompute: bool = False) -> Latent:
+        """Map (B, 3, H, W) in [-1, 1] to a `Latent`; without log-determinants where they are not needed.
+
+        `recompute` trades time for memory, see `features`; there are no log-determinants then.
+        """
+        if log_det_jac and recompute:
+            raise ValueError("recompute=True needs log_det_jac=False: log-determinants are not recomputed")
         check_image("image", image, least_size=self.stride)
         x, features, log_dets = pad_to_multiple(image, self.stride), [], []
         low = x
         with torch.autocast(image.device.type, enabled=False):  # half precision would not invert
             for level in self.levels:
-                details, low, log_det = level(x, log_det_jac)
+                details, low, log_det = level(x, log_det_jac, recompute)
                 features.append(details)
                 log_dets.append(log_det)
                 x = low if self.config.variant == "pyramid" else torch.cat((low, details), dim=1)
@@ -339,9 +372,12 @@ class HighFrequencyINN(
         height, width = latent.size
         return low[..., :height, :width]
 
-    def features(self, image: Tensor) -> list[Tensor]:
-        """Detail features of (B, 3, H, W) in [-1, 1], fine to coarse, without log-determinants."""
-        return self.forward(image, log_det_jac=False).features
+    def features(self, image: Tensor, *, recompute: bool = False) -> list[Tensor]:
+        """Detail features of (B, 3, H, W) in [-1, 1], fine to coarse, without log-determinants.
+
+        With `recompute`, the backward pass computes each coupling again instead of keeping what is inside it.
+        """
+        return self.forward(image, log_det_jac=False, recompute=recompute).features
 
     @classmethod
     def from_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]

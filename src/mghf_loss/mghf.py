@@ -16,6 +16,8 @@ from . import images, terms
 from .channel_weights import entropy_channel_weights
 from .dino import DEFAULT_MODEL, DinoJSDLoss
 from .frozen import Frozen
+from .gt_cache import GTCache
+from .memory import Memory, check_memory
 from .ops import second_order_statistics
 from .ops.precision import Precision, check_precision
 
@@ -44,6 +46,11 @@ class MGHFnLoss(nn.Module):
             `HighFrequencyINN`, which is taken over: frozen and set to eval mode.
         input_range: values of black and white; values outside are taken as they are, never clamped.
         reduction: `"mean"`, `"sum"` or `"none"` (per image).
+        memory: `"low"` computes SR's features again in the backward pass instead of keeping what is inside each
+            coupling: the same gradient with 17 % of the bytes that wait for the backward pass, 73 % of the peak,
+            in 1.6 times the time (1 x 3 x 128^2, one CPU thread; `benchmarks/memory.py`).
+        cache_gt: keep the features of the last GT between calls, for a step that compares several SR images with one
+            GT tensor. See `mghf_loss.gt_cache.GTCache` for when they are used and when not.
 
     Raises:
         ValueError, TypeError: from the constructor or `forward`, naming what came and what was expected.
@@ -58,15 +65,24 @@ class MGHFnLoss(nn.Module):
         inn: str | Path | HighFrequencyINN = "bundled",
         input_range: tuple[float, float] = (0.0, 1.0),
         reduction: terms.Reduction = "mean",
+        memory: Memory = "normal",
+        cache_gt: bool = False,
     ) -> None:
         super().__init__()
         self.input_range = images.check_range(input_range)
         self.reduction: terms.Reduction = terms.check_reduction(reduction)
+        self.memory: Memory = check_memory(memory)
+        self.gt_features: GTCache[list[Tensor]] = GTCache(cache_gt)
         self.inn = _frozen_inn(inn)
 
     def forward(self, sr: Tensor, gt: Tensor) -> Tensor:
         """Return the loss of `sr` against `gt`, both (B, 3, H, W) in `input_range`; gradient to `sr` only."""
-        sr_features, gt_features = _pair_features(self.inn.network, sr, gt, self.input_range)
+        network = self.inn.network
+        images.check_pair(sr, gt, least_size=network.stride)
+        gt_features = self.gt_features.get(
+            gt, lambda gt: _features(network, gt, self.input_range), *_settings(network), self.input_range
+        )
+        sr_features = _features(network, sr, self.input_range, self.memory)
         per_level = [terms.content(s, g, reduction="none") for s, g in zip(sr_features, gt_features, strict=True)]
         return terms.reduce(_mean(per_level), self.reduction)
 
@@ -93,6 +109,12 @@ class MGHFLoss(nn.Module):
         dino: the DINO term's model; see `DinoJSDLoss`.
         precision: of the terms' matrix products in the CUDA kernels: `"fast"` (tf32 and fp16 operands, float32 sums) or
             `"high"` (as accurate as float32). The networks, and everything on a CPU, compute in float32 either way.
+        memory: `"low"` computes SR's features again in the backward pass instead of keeping what is inside each
+            coupling: the same gradient with 22 % of the bytes that wait for the backward pass, 68 % of the peak,
+            in 1.5 times the time (1 x 3 x 128^2, one CPU thread; `benchmarks/memory.py`).
+            The DINO term recomputes its blocks.
+        cache_gt: keep the features and channel weights of the last GT between calls, for a step that compares several
+            SR images with one GT tensor. See `mghf_loss.gt_cache.GTCache` for when they are used and when not.
 
     Raises:
         ValueError, TypeError: from the constructor or `forward`, naming what came and what was expected.
@@ -113,6 +135,8 @@ class MGHFLoss(nn.Module):
         reduction: terms.Reduction = "mean",
         dino: str | nn.Module = DEFAULT_MODEL,
         precision: Precision = "fast",
+        memory: Memory = "normal",
+        cache_gt: bool = False,
     ) -> None:
         super().__init__()
         self.coefficients = _check_coefficients(coefficients)
@@ -125,10 +149,12 @@ class MGHFLoss(nn.Module):
         self.prune = prune
         self.reduction: terms.Reduction = terms.check_reduction(reduction)
         self.precision: Precision = check_precision(precision)
+        self.memory: Memory = check_memory(memory)
+        self.gt_levels: GTCache[list[tuple[Tensor, Tensor]]] = GTCache(cache_gt)
         self.inn = _frozen_inn(inn) if set(self.coefficients) - {"dino_jsd"} else None
-        self.dino = (
-            DinoJSDLoss(dino, input_range=input_range, reduction="none") if "dino_jsd" in self.coefficients else None
-        )
+        self.dino = None
+        if "dino_jsd" in self.coefficients:
+            self.dino = DinoJSDLoss(dino, input_range=input_range, reduction="none", memory=memory, cache_gt=cache_gt)
 
     @overload
     def forward(
@@ -186,14 +212,23 @@ class MGHFLoss(nn.Module):
         """Unweighted terms that have a coefficient, by name and per image (B,), differentiable in `sr`."""
         values: dict[str, Tensor] = {}
         if self.inn is not None:
-            sr_features, gt_features = _pair_features(self.inn.network, sr, gt, self.input_range)
-            weights = [entropy_channel_weights(level, self.prune) for level in gt_features]
-            levels = zip(sr_features, gt_features, weights, strict=True)
-            per_level = [self._level_terms(*level, generator) for level in levels]
+            network = self.inn.network
+            images.check_pair(sr, gt, least_size=network.stride)
+            gt_levels = self.gt_levels.get(
+                gt, lambda gt: self._gt_levels(network, gt), *_settings(network), self.input_range, self.prune
+            )
+            sr_features = _features(network, sr, self.input_range, self.memory)
+            levels = zip(sr_features, gt_levels, strict=True)
+            per_level = [self._level_terms(sr, gt, weights, generator) for sr, (gt, weights) in levels]
             values = {name: _mean([level[name] for level in per_level]) for name in per_level[0]}
         if self.dino is not None:
             values["dino_jsd"] = self.dino(sr, gt)
         return values
+
+    def _gt_levels(self, network: HighFrequencyINN, gt: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Features (B, C, H, W) and channel weights (B, C) of every level of the GT."""
+        features = _features(network, gt, self.input_range)
+        return [(level, entropy_channel_weights(level, self.prune)) for level in features]
 
     def _level_terms(
         self, sr: Tensor, gt: Tensor, weights: Tensor, generator: torch.Generator | None
@@ -256,20 +291,20 @@ def _frozen_inn(inn: str | Path | HighFrequencyINN) -> Frozen[HighFrequencyINN]:
     return Frozen(inn if isinstance(inn, HighFrequencyINN) else HighFrequencyINN.from_pretrained(inn))
 
 
-def _pair_features(
-    network: HighFrequencyINN, sr: Tensor, gt: Tensor, input_range: tuple[float, float]
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Features of both images per level, in float32 at least; those of `gt` without gradient."""
-    images.check_pair(sr, gt, least_size=network.stride)
+def _features(
+    network: HighFrequencyINN, image: Tensor, input_range: tuple[float, float], memory: Memory = "normal"
+) -> list[Tensor]:
+    """Features of an image per level, in float32 at least."""
     dtype = next(network.parameters()).dtype
+    image = images.rescale(image.to(dtype), input_range, (-1.0, 1.0))
+    levels = network.features(image, recompute=memory == "low")
+    return [level.to(torch.promote_types(dtype, torch.float32)) for level in levels]
 
-    def features(image: Tensor) -> list[Tensor]:
-        levels = network.features(images.rescale(image.to(dtype), input_range, (-1.0, 1.0)))
-        return [level.to(torch.promote_types(dtype, torch.float32)) for level in levels]
 
-    with torch.no_grad():
-        gt_features = features(gt)
-    return features(sr), gt_features
+def _settings(network: nn.Module) -> tuple[torch.dtype, torch.device]:
+    """What `.to()` changes."""
+    parameter = next(network.parameters())
+    return parameter.dtype, parameter.device
 
 
 def _mean(per_level: list[Tensor]) -> Tensor:
