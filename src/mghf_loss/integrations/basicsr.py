@@ -39,7 +39,7 @@ from torch import Tensor, nn
 
 from .. import mghf, terms
 from . import needs
-from .registered import DinoJSDLoss, MGHFLoss, MGHFnLoss, WeightedLoss, check_loss_weight, check_scalar, register
+from .registered import DinoJSDLoss, MGHFLoss, MGHFnLoss, check_loss_weight, check_scalar, register
 
 _MOVED = "torchvision.transforms.functional_tensor"
 with needs("basicsr", "pip install basicsr"):
@@ -96,10 +96,11 @@ class LogsTerms:
 
     def optimize_parameters(self, current_iter: int) -> None:
         """Make the base class's step, then add the terms that it computed."""
+        # By attribute rather than class, which is another one after a reload of this module.
         losses = {
             slot.removeprefix("cri_"): loss
             for slot, loss in vars(self).items()
-            if isinstance(loss, (WeightedLoss, MGHFPerceptualLoss))
+            if isinstance(getattr(loss, "terms", None), dict)
         }
         for loss in losses.values():
             loss.terms = {}  # a GAN's generator is not trained in every iteration
