@@ -1,0 +1,160 @@
+"""Every code block of the README and of the pages in docs/ runs here, or stands in `NOT_RUN` with the reason."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from accelerate.state import AcceleratorState
+from markdown_it import MarkdownIt
+from markdown_it.token import Token
+from PIL import Image
+from skimage import data
+
+from conftest import perturbed_inn
+from hub import Client, Hub
+from mghf_loss import cli
+
+REPOSITORY = Path(__file__).parents[1]
+PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
+LANGUAGES = {"python", "bash", "yaml", "toml", "bibtex"}
+
+# Commands that cannot run here, by how they begin, and why.
+NOT_RUN = {
+    'pip install ".[demo]" && mghf-loss demo': "installs; .ci/run takes it from the README and runs it as it stands",
+    'pip install -e ".[test]" && pytest': "installs, and is this suite; .ci/run takes it from the README too",
+    "bash benchmarks/gpu.sh ": "measures on an NVIDIA GPU; it refuses to start without one",
+    "accelerate launch --multi_gpu --num_processes 8 ": "eight GPUs; tests/test_training.py launches two CPU processes",
+}
+# What makes a command a matter of seconds: options that come last win.
+SMALL = {
+    "demo": ["--steps", "2"],
+    "train-inn": shlex.split("--steps 1 --batch 1 --crop 16 --hidden 4 --couplings 1 --threads 1 --cpu"),
+}
+# What the README's Python takes for granted, as the reader's program has it.
+GIVEN = """
+import torch
+from mghf_loss.demo import SmallSR, downscale
+
+torch.manual_seed(0)
+device = "cpu"
+model = SmallSR(width=4, blocks=1)
+gt = torch.rand(2, 3, 32, 32)
+lr = downscale(gt)
+images = gt
+"""
+
+
+def blocks(page: Path) -> list[Token]:
+    """Return the fenced blocks of a page."""
+    tokens = MarkdownIt("commonmark").parse(page.read_text())
+    # An indented block has no language: nobody would know what it is, least of all this test.
+    assert not [token.map for token in tokens if token.type == "code_block"], f"{page}: fence indented blocks"
+    return [token for token in tokens if token.type == "fence"]
+
+
+def page_name(page: Path) -> str:
+    return str(page.relative_to(REPOSITORY))
+
+
+def pages_with(*languages: str) -> list[Any]:
+    pages = [page for page in PAGES if any(block.info in languages for block in blocks(page))]
+    return [pytest.param(page, id=page_name(page)) for page in pages]
+
+
+def program(page: Path) -> str:
+    """Return the Python blocks of a page as one program whose line numbers are the page's."""
+    lines = [""] * len(page.read_text().splitlines())
+    for block in blocks(page):
+        if block.info == "python" and block.map:
+            content = block.content.splitlines()
+            lines[block.map[0] + 1 : block.map[0] + 1 + len(content)] = content
+    return "\n".join(lines)
+
+
+def commands(page: Path) -> list[str]:
+    """Return the commands of a page's shell blocks, continued lines joined."""
+    text = "\n".join(block.content for block in blocks(page) if block.info == "bash").replace("\\\n", " ")
+    return [re.sub(r"\s+", " ", line).strip() for line in text.splitlines() if line.strip()]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_every_block_says_what_it_is(page: Path):
+    assert {block.info for block in blocks(page)} <= LANGUAGES
+
+
+def test_reasons_for_not_running_are_of_commands_that_exist():
+    everything = [command for page in PAGES for command in commands(page)]
+    for beginning in NOT_RUN:
+        assert any(command.startswith(beginning) for command in everything), beginning
+
+
+@pytest.fixture(scope="module")
+def python_outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """What became of every page's Python, run in one process with a Hub on the loopback, by page."""
+    folders = {page.values[0]: tmp_path_factory.mktemp("page") for page in pages_with("python")}
+    network = perturbed_inn(levels=1, hidden=4, couplings=1)
+    requests = []
+    for page, folder in folders.items():
+        network.save_pretrained(folder / "runs" / "inn")
+        requests.append(["python", str(folder), GIVEN, program(page)])
+    files = {file.name: file.read_bytes() for file in (folder / "runs" / "inn").iterdir()}
+    with Hub() as hub:
+        for revision in ("main", "revision"):
+            hub.add("org/name", files, revision)
+        with Client(requests, url=hub.url, home=tmp_path_factory.mktemp("home")) as client:
+            return {page_name(page): outcome for page, outcome in zip(folders, client.outcomes().values(), strict=True)}
+
+
+@pytest.mark.parametrize("page", pages_with("python"))
+def test_python_runs(page: Path, python_outcomes: dict[str, dict[str, Any]]):
+    outcome = python_outcomes[page_name(page)]
+    assert "error" not in outcome, outcome["message"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with what the commands name: a pair of images and folders of them."""
+    photograph = Image.fromarray(data.astronaut()[100:164, 150:214])
+    for name in ("DIR", "OTHER"):
+        (tmp_path / name).mkdir()
+        for index in range(2):
+            photograph.rotate(90 * index).save(tmp_path / name / f"{index}.png")
+    photograph.save(tmp_path / "gt.png")
+    photograph.resize((16, 16)).resize((64, 64), Image.Resampling.BICUBIC).save(tmp_path / "sr.png")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("page", pages_with("bash"))
+def test_commands_run(page: Path, folder: Path):
+    for command in commands(page):
+        run(command, folder)
+
+
+def run(command: str, folder: Path) -> None:
+    """Run a command of the documentation with settings that make it quick, or fail."""
+    words = shlex.split(command, comments=True)
+    if any(command.startswith(beginning) for beginning in NOT_RUN):
+        if words[0] == "accelerate":  # at least its options are the command's
+            cli._parser().parse_args(words[words.index("mghf-loss)") + 1 :])
+    elif words[0] == "mghf-loss":
+        AcceleratorState._reset_state(reset_partial_state=True)  # a process has one precision, the page has two
+        words = [str(folder / "DIR") if word == "imagenet-1k" else word for word in words[1:]]
+        held_out = ["--held-out", "1"] if "--held-out" in words else []
+        assert cli.main([*words, *SMALL.get(words[0], []), *held_out]) == 0, command
+    elif command.startswith("python "):
+        # Scripts of the repository have tests of their own: here, that they exist and know these options.
+        script, *options = shlex.split(command.partition("python ")[2].replace("#", " "))
+        done = subprocess.run(
+            [sys.executable, str(REPOSITORY / script), "--help"], capture_output=True, text=True, check=True
+        )
+        for option in options:
+            assert not option.startswith("--") or option.strip(",;") in done.stdout, f"{script} has no {option}"
+    else:
+        raise AssertionError(f"say in `run` or `NOT_RUN` what becomes of: {command}")
