@@ -10,15 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 from accelerate.state import AcceleratorState
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 from PIL import Image
+from safetensors.torch import save as save_tensors
 from skimage import data
 
 from conftest import perturbed_inn
 from hub import Client, Hub
 from mghf_loss import cli
+from mghf_loss.dino import DEFAULT_MODEL
 
 REPOSITORY = Path(__file__).parents[1]
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
@@ -104,9 +107,12 @@ def python_outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[
         network.save_pretrained(folder / "runs" / "inn")
         requests.append(["python", str(folder), GIVEN, program(page)])
     files = {file.name: file.read_bytes() for file in (folder / "runs" / "inn").iterdir()}
+    dino = timm.create_model(DEFAULT_MODEL, pretrained=False, num_classes=0)
+    weights = save_tensors({name: tensor.half() for name, tensor in dino.state_dict().items()})
     with Hub() as hub:
         for revision in ("main", "revision"):
             hub.add("org/name", files, revision)
+        hub.add(f"timm/{DEFAULT_MODEL}", {"model.safetensors": weights})
         with Client(requests, url=hub.url, home=tmp_path_factory.mktemp("home")) as client:
             return {page_name(page): outcome for page, outcome in zip(folders, client.outcomes().values(), strict=True)}
 
