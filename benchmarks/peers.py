@@ -48,7 +48,9 @@ def mghf(device: str, times: Mapping[str, float] | None = None, dense: bool = Fa
     """MGHFLoss; `times` multiplies single default coefficients, `dense` is `patches=None`, which TOML cannot say."""
     changed = {term: DEFAULT_COEFFICIENTS[term] * factor for term, factor in (times or {}).items()}
     options["coefficients"] = {**options.get("coefficients", {}), **changed}
-    criterion = MGHFLoss(**options, **({"patches": None} if dense else {})).to(device)
+    if dense:
+        options["patches"] = None
+    criterion = MGHFLoss(**options).to(device)
     return lambda sr, gt, generator: criterion(sr, gt, generator=generator)
 
 
@@ -64,9 +66,9 @@ def dct(device: str) -> Loss:
     import numpy as np
     from scipy.fft import dct as transform
 
-    rows = transform(np.eye(DCT_BLOCK), norm="ortho", axis=0)  # [frequency, place]
-    basis = np.einsum("uy,vx->uvyx", rows, rows).reshape(-1, 1, DCT_BLOCK, DCT_BLOCK)[1:]
-    kernels = torch.tensor(basis, dtype=torch.float32, device=device).repeat(3, 1, 1, 1)
+    rows = torch.as_tensor(np.asarray(transform(np.eye(DCT_BLOCK), norm="ortho", axis=0)))  # [frequency, place]
+    basis = torch.einsum("uy,vx->uvyx", rows, rows).reshape(-1, 1, DCT_BLOCK, DCT_BLOCK)[1:]
+    kernels = basis.float().to(device).repeat(3, 1, 1, 1)
 
     def loss(sr: Tensor, gt: Tensor) -> Tensor:
         return F.conv2d(sr - gt, kernels, stride=DCT_BLOCK, groups=3).abs().mean()
@@ -76,7 +78,7 @@ def dct(device: str) -> Loss:
 
 def wavelet(device: str, name: str = "db2", levels: int = 3) -> Loss:
     """Mean |W(sr) - W(gt)| over the detail coefficients of an orthonormal wavelet, mean over the levels."""
-    from ptwt import wavedec2
+    from ptwt.conv_transform_2 import wavedec2
 
     def loss(sr: Tensor, gt: Tensor) -> Tensor:
         _, *details = wavedec2(sr - gt, name, level=levels)  # linear: the transform of the difference

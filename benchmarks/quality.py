@@ -45,6 +45,7 @@ from runs import (
     run_all,
     slug,
     step_generator,
+    steps_bar,
     unit_range,
     write_json,
 )
@@ -306,7 +307,7 @@ def train_model(training: Training, run: Run, loss: peers.Loss | None, images: l
     critic = models.critic().to(device) if run.adversarial else None
     critic_optimiser = torch.optim.Adam(critic.parameters(), lr=4e-4, betas=(0.0, 0.9)) if critic else None
     patches = torch.Generator(device).manual_seed(run.seed)
-    for step in range(training.steps):
+    for step in steps_bar(training.steps, run.name):
         generator = step_generator(run.seed, step)
         gt = unit_range(random_crops(images, training.batch, training.crop, generator), device)
         sr = model(degrade(gt, run.task, generator))

@@ -121,7 +121,7 @@ def rows_of_runs(
                 **{each.name: result["settings"][each.name] for each in fields(Training)},
                 "training_seconds": f"{result['seconds']:.1f}" if "seconds" in result else "",
                 "device": result["device"],
-                "torch": result["torch"],
+                **{name: result[name] for name in ("torch", "mghf_loss")},
                 "date": result["date"],
             }
         )

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from datetime import datetime, timezone
 from functools import cache
-from multiprocessing import get_context, parent_process
+from multiprocessing import current_process, get_context, parent_process
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from losses import device_name
 from torch import Tensor
 from tqdm import tqdm
 
+import mghf_loss
 from mghf_loss.checkpoints import write_atomically
 from mghf_loss.images import read_pixels
 from mghf_loss.training.data import list_images
@@ -46,6 +47,7 @@ def provenance(device: str) -> dict[str, str]:
     return {
         "device": device_name(torch.device(device)),
         "torch": torch.__version__,
+        "mghf_loss": mghf_loss.__version__,
         "date": datetime.now(timezone.utc).date().isoformat(),
     }
 
@@ -87,9 +89,10 @@ def spread(values: list[float]) -> tuple[float, float]:
     return statistics.mean(values), (max(values) - min(values)) / 2
 
 
-def start_worker() -> None:
-    """One thread a worker, which ends with its parent, even a killed one."""
+def start_worker(bars: Any) -> None:
+    """One thread a worker, which ends with its parent, even a killed one; `bars` keeps its progress bar's line."""
     torch.set_num_threads(1)
+    tqdm.set_lock(bars)
     parent = parent_process()
     assert parent is not None
 
@@ -100,11 +103,18 @@ def start_worker() -> None:
     threading.Thread(target=leave_with_parent, daemon=True).start()
 
 
+def steps_bar(steps: int, title: str) -> tqdm[int]:
+    """Progress of one run, on a line of its own below that of all runs; nothing where there is no terminal."""
+    worker = current_process()._identity or (1,)  # numbered from 1 by the pool
+    return tqdm(range(steps), desc=title, unit="step", position=worker[-1], leave=False, disable=None)
+
+
 def run_all(jobs: dict[str, Callable[[], None]], workers: int, title: str) -> None:
     """Run the jobs in processes of their own; the first failure ends what has not begun, and is raised."""
     if not jobs:
         return
-    with ProcessPoolExecutor(workers, get_context("spawn"), start_worker) as pool:
+    context = get_context("spawn")
+    with ProcessPoolExecutor(workers, context, start_worker, (context.RLock(),)) as pool:
         futures = {pool.submit(job): label for label, job in jobs.items()}
         try:
             for future in tqdm(as_completed(futures), total=len(futures), desc=title, unit="run"):

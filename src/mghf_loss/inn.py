@@ -14,6 +14,7 @@ from FrEIA.modules import HaarDownsampling, InvertibleModule
 from huggingface_hub import ModelHubMixin
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from . import checkpoints
 from .images import check_image, pad_to_multiple
@@ -261,12 +262,22 @@ class Level(nn.Module):
         # The orthonormal Haar low-pass doubles with each level; the condition stays in the image's range.
         self.condition_scale = 0.5**depth
 
-    def forward(self, x: Tensor, log_det_jac: bool) -> tuple[Tensor, Tensor, Tensor | float]:
+    def forward(self, x: Tensor, log_det_jac: bool, recompute: bool = False) -> tuple[Tensor, Tensor, Tensor | float]:
         """Return details (B, 4C - 3, h/2, w/2), low-pass (B, 3, h/2, w/2) and log|det| (Haar's is 0)."""
         bands = self.haar((x,), jac=False)[0][0].unflatten(1, (-1, 4))
         low = bands[:, :3, 0]
         details = torch.cat((bands[:, 3:, 0], bands[:, :, 1:].flatten(1, 2)), dim=1)
-        details, log_det = self.flow(details, c=[low * self.condition_scale], jac=log_det_jac)
+        condition = low * self.condition_scale
+        if not recompute:
+            details, log_det = self.flow(details, c=[condition], jac=log_det_jac)
+            return details, low, log_det
+        log_det = 0.0
+        for module in self.flow.module_list:
+            # Nothing in the network is random: there is no state of a generator to restore.
+            (details,), jac = checkpoint(
+                module, (details,), [condition], jac=log_det_jac, use_reentrant=False, preserve_rng_state=False
+            )
+            log_det = log_det + jac
         return details, low, log_det
 
     def inverse(self, details: Tensor, low: Tensor) -> Tensor:
@@ -311,14 +322,18 @@ class HighFrequencyINN(
         """2^levels: the least height and width, and what images are padded to a multiple of."""
         return 2**self.config.levels
 
-    def forward(self, image: Tensor, *, log_det_jac: bool = True) -> Latent:
-        """Map (B, 3, H, W) in [-1, 1] to a `Latent`; without log-determinants where they are not needed."""
+    def forward(self, image: Tensor, *, log_det_jac: bool = True, recompute: bool = False) -> Latent:
+        """Map (B, 3, H, W) in [-1, 1] to a `Latent`.
+
+        Without log-determinants where they are not needed. With `recompute`, each module's inputs alone are kept for
+        the backward pass, which computes the rest again, a module at a time.
+        """
         check_image("image", image, least_size=self.stride)
         x, features, log_dets = pad_to_multiple(image, self.stride), [], []
         low = x
         with torch.autocast(image.device.type, enabled=False):  # half precision would not invert
             for level in self.levels:
-                details, low, log_det = level(x, log_det_jac)
+                details, low, log_det = level(x, log_det_jac, recompute)
                 features.append(details)
                 log_dets.append(log_det)
                 x = low if self.config.variant == "pyramid" else torch.cat((low, details), dim=1)
@@ -339,9 +354,9 @@ class HighFrequencyINN(
         height, width = latent.size
         return low[..., :height, :width]
 
-    def features(self, image: Tensor) -> list[Tensor]:
-        """Detail features of (B, 3, H, W) in [-1, 1], fine to coarse, without log-determinants."""
-        return self.forward(image, log_det_jac=False).features
+    def features(self, image: Tensor, *, recompute: bool = False) -> list[Tensor]:
+        """Detail features of (B, 3, H, W) in [-1, 1], fine to coarse, without log-determinants; see `forward`."""
+        return self.forward(image, log_det_jac=False, recompute=recompute).features
 
     @classmethod
     def from_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]

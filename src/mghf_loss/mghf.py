@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import images, terms
+from . import terms
 from .channel_weights import entropy_channel_weights
 from .dino import DEFAULT_MODEL, DinoJSDLoss
-from .frozen import Frozen
+from .features import Memory, PairFeatures
 from .ops import second_order_statistics
 from .ops.precision import Precision, check_precision
 
@@ -44,6 +44,11 @@ class MGHFnLoss(nn.Module):
             `HighFrequencyINN`, which is taken over: frozen and set to eval mode.
         input_range: values of black and white; values outside are taken as they are, never clamped.
         reduction: `"mean"`, `"sum"` or `"none"` (per image).
+        memory: `"low"` computes the network's features of `sr` again in the backward pass in place of keeping what
+            that pass needs; the gradient is the same.
+        cache_gt: keep the features of the last `gt` for as long as that very tensor comes again, unchanged in place
+            (several outputs, or several losses a step, against one ground truth). A slice or a copy is another
+            tensor. Without effect under `torch.compile`.
 
     Raises:
         ValueError, TypeError: from the constructor or `forward`, naming what came and what was expected.
@@ -58,15 +63,16 @@ class MGHFnLoss(nn.Module):
         inn: str | Path | HighFrequencyINN = "bundled",
         input_range: tuple[float, float] = (0.0, 1.0),
         reduction: terms.Reduction = "mean",
+        memory: Memory = "normal",
+        cache_gt: bool = False,
     ) -> None:
         super().__init__()
-        self.input_range = images.check_range(input_range)
         self.reduction: terms.Reduction = terms.check_reduction(reduction)
-        self.inn = _frozen_inn(inn)
+        self.inn = PairFeatures(inn, input_range, memory, cache_gt)
 
     def forward(self, sr: Tensor, gt: Tensor) -> Tensor:
         """Return the loss of `sr` against `gt`, both (B, 3, H, W) in `input_range`; gradient to `sr` only."""
-        sr_features, gt_features = _pair_features(self.inn.network, sr, gt, self.input_range)
+        sr_features, gt_features = self.inn(sr, gt)
         per_level = [terms.content(s, g, reduction="none") for s, g in zip(sr_features, gt_features, strict=True)]
         return terms.reduce(_mean(per_level), self.reduction)
 
@@ -93,6 +99,11 @@ class MGHFLoss(nn.Module):
         dino: the DINO term's model; see `DinoJSDLoss`.
         precision: of the terms' matrix products in the CUDA kernels: `"fast"` (tf32 and fp16 operands, float32 sums) or
             `"high"` (as accurate as float32). The networks, and everything on a CPU, compute in float32 either way.
+        memory: `"low"` computes the network's features of `sr` again in the backward pass in place of keeping what
+            that pass needs; the gradient is the same.
+        cache_gt: keep the features of the last `gt` for as long as that very tensor comes again, unchanged in place
+            (several outputs, or several losses a step, against one ground truth). A slice or a copy is another
+            tensor. Without effect under `torch.compile`.
 
     Raises:
         ValueError, TypeError: from the constructor or `forward`, naming what came and what was expected.
@@ -113,10 +124,11 @@ class MGHFLoss(nn.Module):
         reduction: terms.Reduction = "mean",
         dino: str | nn.Module = DEFAULT_MODEL,
         precision: Precision = "fast",
+        memory: Memory = "normal",
+        cache_gt: bool = False,
     ) -> None:
         super().__init__()
         self.coefficients = _check_coefficients(coefficients)
-        self.input_range = images.check_range(input_range)
         self.patches = terms.check_patches(patches)
         self.modulation: terms.Modulation = terms.check_modulation(modulation)
         self.temperature = terms.check_positive("temperature", temperature)
@@ -125,7 +137,7 @@ class MGHFLoss(nn.Module):
         self.prune = prune
         self.reduction: terms.Reduction = terms.check_reduction(reduction)
         self.precision: Precision = check_precision(precision)
-        self.inn = _frozen_inn(inn) if set(self.coefficients) - {"dino_jsd"} else None
+        self.inn = PairFeatures(inn, input_range, memory, cache_gt) if set(self.coefficients) - {"dino_jsd"} else None
         self.dino = (
             DinoJSDLoss(dino, input_range=input_range, reduction="none") if "dino_jsd" in self.coefficients else None
         )
@@ -186,7 +198,7 @@ class MGHFLoss(nn.Module):
         """Unweighted terms that have a coefficient, by name and per image (B,), differentiable in `sr`."""
         values: dict[str, Tensor] = {}
         if self.inn is not None:
-            sr_features, gt_features = _pair_features(self.inn.network, sr, gt, self.input_range)
+            sr_features, gt_features = self.inn(sr, gt)
             weights = [entropy_channel_weights(level, self.prune) for level in gt_features]
             levels = zip(sr_features, gt_features, weights, strict=True)
             per_level = [self._level_terms(*level, generator) for level in levels]
@@ -246,30 +258,6 @@ def _check_coefficients(coefficients: Mapping[str, float] | None) -> dict[str, f
     if not any(merged.values()):
         raise ValueError("all coefficients are 0: there is nothing to compute")
     return {name: float(value) for name, value in merged.items() if value}
-
-
-def _frozen_inn(inn: str | Path | HighFrequencyINN) -> Frozen[HighFrequencyINN]:
-    from .inn import HighFrequencyINN  # FrEIA brings scipy: not before a loss is built
-
-    if not isinstance(inn, (str, Path, HighFrequencyINN)):
-        raise TypeError(f"inn must be a checkpoint's name or path, or a HighFrequencyINN, got {inn!r}")
-    return Frozen(inn if isinstance(inn, HighFrequencyINN) else HighFrequencyINN.from_pretrained(inn))
-
-
-def _pair_features(
-    network: HighFrequencyINN, sr: Tensor, gt: Tensor, input_range: tuple[float, float]
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Features of both images per level, in float32 at least; those of `gt` without gradient."""
-    images.check_pair(sr, gt, least_size=network.stride)
-    dtype = next(network.parameters()).dtype
-
-    def features(image: Tensor) -> list[Tensor]:
-        levels = network.features(images.rescale(image.to(dtype), input_range, (-1.0, 1.0)))
-        return [level.to(torch.promote_types(dtype, torch.float32)) for level in levels]
-
-    with torch.no_grad():
-        gt_features = features(gt)
-    return features(sr), gt_features
 
 
 def _mean(per_level: list[Tensor]) -> Tensor:
