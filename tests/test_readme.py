@@ -49,6 +49,7 @@ device = "cpu"
 model = SmallSR(width=4, blocks=1)
 gt = torch.rand(2, 3, 32, 32)
 lr = downscale(gt)
+loader = torch.utils.data.DataLoader([(lr[0], gt[0])] * 4, batch_size=2)
 images = gt
 """
 
