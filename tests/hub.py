@@ -240,7 +240,8 @@ def _python(folder: str, *programs: str) -> None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            warnings.filterwarnings("ignore", module="lightning")  # advice about settings that are small on purpose
+            # Lightning's advice about settings that are small on purpose; BasicSR's age.
+            warnings.filterwarnings("ignore", module="lightning|basicsr")
             for number, program in enumerate(programs, 1):
                 exec(compile(program, f"<program {number}>", "exec"), names)
     except Exception as error:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import re
+import runpy
 import shlex
-import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import redirect_stdout
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
+import yaml
 from accelerate.state import AcceleratorState
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
@@ -20,19 +25,22 @@ from skimage import data
 
 from conftest import perturbed_inn
 from hub import Client, Hub
-from mghf_loss import cli
+from mghf_loss import MGHFLoss, cli
 from mghf_loss.dino import DEFAULT_MODEL
 
 REPOSITORY = Path(__file__).parents[1]
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
-LANGUAGES = {"python", "bash", "yaml", "toml", "bibtex"}
+# "{.python}" is a whole file, included when the site is built: ruff, which formats Python in Markdown, leaves it alone.
+LANGUAGES = {"python", "{.python}", "bash", "yaml", "toml", "bibtex"}
 
-# Commands that cannot run here, by how they begin, and why.
+# Commands and programs that cannot run here, by how they begin, and why.
 NOT_RUN = {
     'pip install ".[demo]" && mghf-loss demo': "installs; .ci/run takes it from the README and runs it as it stands",
     'pip install -e ".[test]" && pytest': "installs, and is this suite; .ci/run takes it from the README too",
     "bash benchmarks/gpu.sh ": "measures on an NVIDIA GPU; it refuses to start without one",
     "accelerate launch --multi_gpu --num_processes 8 ": "eight GPUs; tests/test_training.py launches two CPU processes",
+    "# neosr/losses/mghf_loss.py": "a file of neosr, which is not on PyPI",
+    "# traiNNer/losses/mghf_loss.py": "a file of traiNNer-redux, which is not on PyPI",
 }
 # What makes a command a matter of seconds: options that come last win.
 SMALL = {
@@ -71,11 +79,15 @@ def pages_with(*languages: str) -> list[Any]:
     return [pytest.param(page, id=page_name(page)) for page in pages]
 
 
+def is_named(text: str) -> bool:
+    return text.startswith(tuple(NOT_RUN))
+
+
 def program(page: Path) -> str:
     """Return the Python blocks of a page as one program whose line numbers are the page's."""
     lines = [""] * len(page.read_text().splitlines())
     for block in blocks(page):
-        if block.info == "python" and block.map:
+        if block.info == "python" and block.map and not is_named(block.content):
             content = block.content.splitlines()
             lines[block.map[0] + 1 : block.map[0] + 1 + len(content)] = content
     return "\n".join(lines)
@@ -94,8 +106,47 @@ def test_every_block_says_what_it_is(page: Path):
 
 def test_reasons_for_not_running_are_of_commands_that_exist():
     everything = [command for page in PAGES for command in commands(page)]
+    everything += [block.content for page in PAGES for block in blocks(page) if block.info == "python"]
     for beginning in NOT_RUN:
-        assert any(command.startswith(beginning) for command in everything), beginning
+        assert any(text.startswith(beginning) for text in everything), beginning
+
+
+@pytest.mark.parametrize("page", pages_with("{.python}"))
+def test_included_programs_are_examples_that_a_test_runs(page: Path):
+    tests = (REPOSITORY / "tests" / "test_examples.py").read_text()
+    for block in blocks(page):
+        if block.info == "{.python}":
+            match = re.fullmatch(r'--8<-- "examples/(\w+)\.py"\n', block.content)
+            assert match
+            assert (REPOSITORY / "examples" / f"{match[1]}.py").is_file()
+            assert match[1] in tests
+
+
+@pytest.mark.parametrize("page", pages_with("yaml", "toml"))
+def test_options_of_trainers_build_the_loss(page: Path):
+    built = 0
+    for block in blocks(page):
+        if block.info == "yaml":
+            options = yaml.safe_load(block.content)
+        elif block.info == "toml":
+            options = pytest.importorskip("tomllib", reason="Python 3.11 has it").loads(block.content)
+        else:
+            continue
+        for slot in losses_in(options):
+            if "mghf" in slot.pop("type").lower():
+                assert slot.pop("loss_weight") > 0
+                MGHFLoss(**slot)
+                built += 1
+    assert built
+
+
+def losses_in(options: Any) -> Iterator[dict[str, Any]]:
+    """Yield every table with a type, at any depth."""
+    if isinstance(options, dict) and "type" in options:
+        yield options
+    elif isinstance(options, (dict, list)):
+        for value in options.values() if isinstance(options, dict) else options:
+            yield from losses_in(value)
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +171,8 @@ def python_outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[
 
 @pytest.mark.parametrize("page", pages_with("python"))
 def test_python_runs(page: Path, python_outcomes: dict[str, dict[str, Any]]):
+    if page.stem == "basicsr" and not find_spec("basicsr"):
+        pytest.skip("BasicSR is not installed")
     outcome = python_outcomes[page_name(page)]
     assert "error" not in outcome, outcome["message"]
 
@@ -147,7 +200,7 @@ def test_commands_run(page: Path, folder: Path):
 def run(command: str, folder: Path) -> None:
     """Run a command of the documentation with settings that make it quick, or fail."""
     words = shlex.split(command, comments=True)
-    if any(command.startswith(beginning) for beginning in NOT_RUN):
+    if is_named(command):
         if words[0] == "accelerate":  # at least its options are the command's
             cli._parser().parse_args(words[words.index("mghf-loss)") + 1 :])
     elif words[0] == "mghf-loss":
@@ -155,13 +208,23 @@ def run(command: str, folder: Path) -> None:
         words = [str(folder / "DIR") if word == "imagenet-1k" else word for word in words[1:]]
         held_out = ["--held-out", "1"] if "--held-out" in words else []
         assert cli.main([*words, *SMALL.get(words[0], []), *held_out]) == 0, command
-    elif command.startswith("python "):
+    elif words[0] == "python" or words[:2] == ["accelerate", "launch"]:
         # Scripts of the repository have tests of their own: here, that they exist and know these options.
-        script, *options = shlex.split(command.partition("python ")[2].replace("#", " "))
-        done = subprocess.run(
-            [sys.executable, str(REPOSITORY / script), "--help"], capture_output=True, text=True, check=True
-        )
+        script, *options = shlex.split(re.sub("^(python|accelerate launch) ", "", command).replace("#", " "))
+        usage = help_of(REPOSITORY / script)
         for option in options:
-            assert not option.startswith("--") or option.strip(",;") in done.stdout, f"{script} has no {option}"
+            assert not option.startswith("--") or option.strip(",;") in usage, f"{script} has no {option}"
     else:
         raise AssertionError(f"say in `run` or `NOT_RUN` what becomes of: {command}")
+
+
+def help_of(script: Path) -> str:
+    """Return what a script prints for --help; in this process, which has PyTorch already."""
+    output = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(output):
+        patch.syspath_prepend(script.parent)
+        patch.setattr(sys, "argv", [str(script), "--help"])
+        with pytest.raises(SystemExit) as stopped:
+            runpy.run_path(str(script), run_name="__main__")
+    assert stopped.value.code == 0
+    return output.getvalue()

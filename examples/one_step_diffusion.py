@@ -1,0 +1,91 @@
+"""The loss for a one-step diffusion student, on the pattern of SinSR: on decoded images, through a frozen decoder.
+
+    python examples/one_step_diffusion.py --steps 200
+
+A residual-shifting chain in a latent space ends at z_T = encode(up(LR)) + kappa n. The student takes z_T back to the
+latent of GT in one step. Its loss is the latent MSE plus MGHF on the decoded images: the gradient passes through the
+decoder, which stays frozen, and `memory="low"` keeps the loss's share of the memory small beside it.
+
+The autoencoder here is a tiny one that is trained for a moment first; in SinSR or OSEDiff it is a VQ-GAN or the
+VAE of Stable Diffusion, whose images are in [-1, 1]: hence `input_range`.
+
+Reference: Yue et al., ResShift, NeurIPS 2023; Wang et al., SinSR, CVPR 2024; the loss in such a student: arXiv
+2411.13548. The sizes are ours.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+import torch.nn.functional as F
+from crops import RandomCrops, options
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from mghf_loss import MGHFLoss
+from mghf_loss.demo import downscale, upscale
+
+CHANNELS = 8  # of the latent, at a quarter of the resolution
+KAPPA = 0.3
+
+
+def convolutions(*widths: int) -> list[nn.Module]:
+    """Convolutions 3 x 3 with SiLU between."""
+    layers: list[nn.Module] = []
+    for wide_in, wide_out in itertools.pairwise(widths):
+        layers += [nn.SiLU(), nn.Conv2d(wide_in, wide_out, 3, padding=1)]
+    return layers[1:]
+
+
+class Autoencoder(nn.Module):
+    """(B, 3, H, W) in [-1, 1] <-> latent (B, 8, H/4, W/4)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encode = nn.Sequential(nn.PixelUnshuffle(4), *convolutions(48, 64, CHANNELS))
+        self.decode = nn.Sequential(*convolutions(CHANNELS, 64, 48), nn.PixelShuffle(4))
+
+
+def main() -> None:
+    """Train the autoencoder, freeze it, train the student."""
+    parser = options("A one-step diffusion student with the loss on decoded images.", steps=50)
+    parser.add_argument("--autoencoder-steps", type=int, default=200, help="of the autoencoder, before")
+    parser.add_argument("--memory", choices=("normal", "low"), default="low", help="of the loss")
+    arguments = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(arguments.seed)
+
+    def batches(steps: int, seed: int) -> DataLoader[Tensor]:
+        return DataLoader(RandomCrops(arguments.images, steps * arguments.batch, seed=seed), arguments.batch)
+
+    autoencoder = Autoencoder().to(device)
+    optimiser = torch.optim.Adam(autoencoder.parameters(), lr=2e-3)
+    for gt in batches(arguments.autoencoder_steps, arguments.seed + 1):
+        images = 2 * gt.to(device) - 1
+        optimiser.zero_grad(set_to_none=True)
+        F.l1_loss(autoencoder.decode(autoencoder.encode(images)), images).backward()
+        optimiser.step()
+    autoencoder.requires_grad_(False).eval()
+
+    student = nn.Sequential(*convolutions(2 * CHANNELS, 64, 64, CHANNELS)).to(device)
+    criterion = MGHFLoss(input_range=(-1, 1), memory=arguments.memory).to(device)
+    places = torch.Generator(device).manual_seed(arguments.seed)
+    optimiser = torch.optim.Adam(student.parameters(), lr=1e-3)
+    for step, batch in enumerate(batches(arguments.steps, arguments.seed)):
+        gt = 2 * batch.to(device) - 1
+        condition = autoencoder.encode(upscale(downscale(gt)))
+        z_last = condition + KAPPA * torch.randn_like(condition)
+        z = z_last - student(torch.cat((z_last, condition), dim=1))  # one step back, from T to 0
+        latent = F.mse_loss(z, autoencoder.encode(gt))
+        mghf = criterion(autoencoder.decode(z), gt, generator=places)  # the gradient passes through the decoder
+        optimiser.zero_grad(set_to_none=True)
+        (latent + 0.05 * mghf).backward()
+        nn.utils.clip_grad_norm_(student.parameters(), 0.2)
+        optimiser.step()
+        if step % 10 == 0 or step + 1 == arguments.steps:
+            print(f"step {step}  latent {latent.item():.5f}  mghf {mghf.item():.5f}")
+
+
+if __name__ == "__main__":
+    main()
