@@ -53,7 +53,9 @@ from tqdm import tqdm
 from mghf_loss import DinoJSDLoss, MGHFLoss, MGHFnLoss
 from mghf_loss.checkpoints import write_atomically
 from mghf_loss.demo import SmallSR, downscale
+from mghf_loss.dino import DEFAULT_MODEL
 from mghf_loss.frozen import Frozen
+from mghf_loss.memory import Memory
 from mghf_loss.mghf import DEFAULT_COEFFICIENTS
 from mghf_loss.tables import format_table, write_table
 
@@ -86,11 +88,11 @@ def content_and(inn: str, *terms: str) -> nn.Module:
     return MGHFLoss({name: 0.0 for name in DEFAULT_COEFFICIENTS if name not in {"content", *terms}}, inn=inn)
 
 
-def dino() -> nn.Module:
+def dino(memory: Memory = "normal") -> nn.Module:
     import timm
 
-    name = "vit_small_patch14_dinov2.lvd142m"
-    return DinoJSDLoss(timm.create_model(name, pretrained=False, dynamic_img_size=True, num_classes=0))
+    network = timm.create_model(DEFAULT_MODEL, pretrained=False, dynamic_img_size=True, num_classes=0)
+    return DinoJSDLoss(network, memory=memory)
 
 
 def lpips(net: str) -> nn.Module:
@@ -175,6 +177,7 @@ def entries(inn: str) -> dict[str, Entry]:
         "content + correlation": Entry(OURS, partial(content_and, inn, "correlation")),
         "content + patch_nce": Entry(OURS, partial(content_and, inn, "patch_nce")),
         "DinoJSDLoss": Entry(OURS, dino),
+        "DinoJSDLoss low memory": Entry(OURS, partial(dino, memory="low")),
         "lpips alex": Entry("lpips", partial(lpips, "alex"), on_unit_range),
         "lpips vgg": Entry("lpips", partial(lpips, "vgg"), on_unit_range),
         "lpips squeeze": Entry("lpips", partial(lpips, "squeeze"), on_unit_range),

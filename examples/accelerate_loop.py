@@ -44,6 +44,7 @@ def main() -> None:
             optimiser.step()
             optimiser.zero_grad()
         mean = accelerator.reduce(loss.detach(), "mean")
+        assert isinstance(mean, torch.Tensor)
         if index % 10 == 0 or index + 1 == len(loader):
             accelerator.print(f"batch {index}  loss {mean.item():.6f}")
     accelerator.end_training()

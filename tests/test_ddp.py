@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -13,13 +14,14 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mghf_loss import HighFrequencyINN, INNConfig, MGHFLoss
+from mghf_loss.memory import Memory
 
 
 class Step(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, memory: Memory) -> None:
         super().__init__()
         self.model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 12, 3, padding=1))
-        self.criterion = MGHFLoss(inn=HighFrequencyINN(INNConfig(levels=2, hidden=4)), patches=32)
+        self.criterion = MGHFLoss(inn=HighFrequencyINN(INNConfig(levels=2, hidden=4)), patches=32, memory=memory)
 
     def forward(self, gt: Tensor) -> Tensor:
         lr = F.avg_pool2d(gt, 2)
@@ -27,12 +29,12 @@ class Step(nn.Module):
         return F.l1_loss(sr, gt) + 0.1 * self.criterion(sr, gt)
 
 
-def train(rank: int, folder: str) -> None:
+def train(rank: int, folder: str, memory: Memory) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     try:
         torch.manual_seed(0)
-        step = DistributedDataParallel(Step())
+        step = DistributedDataParallel(Step(memory))
         initial = [parameter.detach().clone() for parameter in step.parameters()]
         optimiser = torch.optim.Adam(step.parameters(), lr=1e-2)
         torch.manual_seed(100 + rank)  # other images and other places on each rank
@@ -50,9 +52,10 @@ def train(rank: int, folder: str) -> None:
         dist.destroy_process_group()
 
 
-def test_ranks_train_and_agree(tmp_path: Path):
+@pytest.mark.parametrize("memory", ["normal", "low"])
+def test_ranks_train_and_agree(tmp_path: Path, memory: Memory):
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    mp.spawn(train, args=(str(tmp_path),), nprocs=2)
+    mp.spawn(train, args=(str(tmp_path), memory), nprocs=2)
     ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
     for one, other, initial in zip(ranks[0]["final"], ranks[1]["final"], ranks[0]["initial"], strict=True):
         assert torch.equal(one, other)

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from . import images, terms
 from .checkpoints import CheckpointError, download_failure
 from .frozen import Frozen
+from .gt_cache import GTCache
+from .memory import Memory, check_memory
 
 Tokens = Literal["class", "patch"]
 DEFAULT_MODEL = "vit_small_patch14_dinov2.lvd142m"
@@ -34,6 +36,9 @@ class DinoJSDLoss(nn.Module):
         temperature: T, in units of the embedding.
         input_range: values of black and white.
         reduction: `"mean"`, `"sum"` or `"none"` (per image).
+        memory: `"low"` computes every transformer block again in the backward pass (timm's gradient checkpointing)
+            instead of keeping what is inside it.
+        cache_gt: keep the embedding of the last GT between calls; see `mghf_loss.gt_cache.GTCache`.
 
     Raises:
         ValueError: an argument is not as above, or timm has no such model.
@@ -53,6 +58,8 @@ class DinoJSDLoss(nn.Module):
         temperature: float = 1.0,
         input_range: tuple[float, float] = (0.0, 1.0),
         reduction: terms.Reduction = "mean",
+        memory: Memory = "normal",
+        cache_gt: bool = False,
     ) -> None:
         super().__init__()
         if tokens not in get_args(Tokens):
@@ -70,6 +77,9 @@ class DinoJSDLoss(nn.Module):
             mean, std = config["mean"], config["std"]
         except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"model must be a timm vision transformer, got {model!r}") from error
+        if check_memory(memory) == "low":
+            network.set_grad_checkpointing()  # type: ignore[operator]
+        self.gt_embedding: GTCache[Tensor] = GTCache(cache_gt)
         self.network = Frozen(network)
         self.register_buffer("mean", torch.tensor(mean).reshape(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).reshape(1, 3, 1, 1), persistent=False)
@@ -77,8 +87,10 @@ class DinoJSDLoss(nn.Module):
     def forward(self, sr: Tensor, gt: Tensor) -> Tensor:
         """Return the divergence of `sr` and `gt`, (B, 3, H, W) in `input_range`."""
         images.check_pair(sr, gt)
-        with torch.no_grad():
-            gt_embedding = self.embed(gt)
+        parameter = next(self.network.network.parameters())
+        gt_embedding = self.gt_embedding.get(
+            gt, self.embed, parameter.dtype, parameter.device, self.input_range, self.tokens
+        )
         divergence = jensen_shannon(self.embed(sr) / self.temperature, gt_embedding / self.temperature)
         return terms.reduce(divergence.mean(1), self.reduction)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -263,22 +264,38 @@ class Level(nn.Module):
         self.condition_scale = 0.5**depth
 
     def forward(self, x: Tensor, log_det_jac: bool, recompute: bool = False) -> tuple[Tensor, Tensor, Tensor | float]:
-        """Return details (B, 4C - 3, h/2, w/2), low-pass (B, 3, h/2, w/2) and log|det| (Haar's is 0)."""
-        bands = self.haar((x,), jac=False)[0][0].unflatten(1, (-1, 4))
-        low = bands[:, :3, 0]
-        details = torch.cat((bands[:, 3:, 0], bands[:, :, 1:].flatten(1, 2)), dim=1)
-        condition = low * self.condition_scale
+        """Return details (B, 4C - 3, h/2, w/2), low-pass (B, 3, h/2, w/2) and log|det| (Haar's is 0).
+
+        With `recompute`, which leaves no log|det|, autograd keeps what enters each coupling and nothing inside it.
+        """
         if not recompute:
-            details, log_det = self.flow(details, c=[condition], jac=log_det_jac)
+            details, low = self._split(x)
+            details, log_det = self.flow(details, c=[low * self.condition_scale], jac=log_det_jac)
             return details, low, log_det
-        log_det = 0.0
-        for module in self.flow.module_list:
-            # Nothing in the network is random: there is no state of a generator to restore.
-            (details,), jac = checkpoint(
-                module, (details,), [condition], jac=log_det_jac, use_reentrant=False, preserve_rng_state=False
-            )
-            log_det = log_det + jac
-        return details, low, log_det
+        # Step by step: recomputing a level or the whole network at once would keep somewhat less between the passes,
+        # but the backward pass, where memory is scarcest, would then hold as much as without.
+        details, low = self._checkpoint(self._first_step, x)
+        for k in range(1, len(self.flow) // 2):
+            details = self._checkpoint(self._step, k, details, low)
+        return details, low, 0.0
+
+    def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        bands = self.haar((x,), jac=False)[0][0].unflatten(1, (-1, 4))
+        return torch.cat((bands[:, 3:, 0], bands[:, :, 1:].flatten(1, 2)), dim=1), bands[:, :3, 0]
+
+    def _first_step(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        details, low = self._split(x)
+        # Kept for the next level: a copy, for the view would keep all bands.
+        return self._step(0, details, low), low.contiguous()
+
+    def _step(self, k: int, details: Tensor, low: Tensor) -> Tensor:
+        """Mixing and coupling number k."""
+        for module in (self.flow[2 * k], self.flow[2 * k + 1]):
+            (details,), _ = module((details,), c=[low * self.condition_scale], jac=False)
+        return details
+
+    # Nothing random is in there whose state would have to be kept.
+    _checkpoint = staticmethod(partial(checkpoint, use_reentrant=False, preserve_rng_state=False))
 
     def inverse(self, details: Tensor, low: Tensor) -> Tensor:
         """Undo `forward`."""
@@ -323,11 +340,12 @@ class HighFrequencyINN(
         return 2**self.config.levels
 
     def forward(self, image: Tensor, *, log_det_jac: bool = True, recompute: bool = False) -> Latent:
-        """Map (B, 3, H, W) in [-1, 1] to a `Latent`.
+        """Map (B, 3, H, W) in [-1, 1] to a `Latent`; without log-determinants where they are not needed.
 
-        Without log-determinants where they are not needed. With `recompute`, each module's inputs alone are kept for
-        the backward pass, which computes the rest again, a module at a time.
+        `recompute` trades time for memory, see `features`; there are no log-determinants then.
         """
+        if log_det_jac and recompute:
+            raise ValueError("recompute=True needs log_det_jac=False: log-determinants are not recomputed")
         check_image("image", image, least_size=self.stride)
         x, features, log_dets = pad_to_multiple(image, self.stride), [], []
         low = x
@@ -355,7 +373,10 @@ class HighFrequencyINN(
         return low[..., :height, :width]
 
     def features(self, image: Tensor, *, recompute: bool = False) -> list[Tensor]:
-        """Detail features of (B, 3, H, W) in [-1, 1], fine to coarse, without log-determinants; see `forward`."""
+        """Detail features of (B, 3, H, W) in [-1, 1], fine to coarse, without log-determinants.
+
+        With `recompute`, the backward pass computes each coupling again instead of keeping what is inside it.
+        """
         return self.forward(image, log_det_jac=False, recompute=recompute).features
 
     @classmethod

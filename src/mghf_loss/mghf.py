@@ -12,10 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import terms
+from . import images, terms
 from .channel_weights import entropy_channel_weights
 from .dino import DEFAULT_MODEL, DinoJSDLoss
-from .features import Memory, PairFeatures
+from .frozen import Frozen
+from .gt_cache import GTCache
+from .memory import Memory, check_memory
 from .ops import second_order_statistics
 from .ops.precision import Precision, check_precision
 
@@ -44,11 +46,11 @@ class MGHFnLoss(nn.Module):
             `HighFrequencyINN`, which is taken over: frozen and set to eval mode.
         input_range: values of black and white; values outside are taken as they are, never clamped.
         reduction: `"mean"`, `"sum"` or `"none"` (per image).
-        memory: `"low"` computes the network's features of `sr` again in the backward pass in place of keeping what
-            that pass needs; the gradient is the same.
-        cache_gt: keep the features of the last `gt` for as long as that very tensor comes again, unchanged in place
-            (several outputs, or several losses a step, against one ground truth). A slice or a copy is another
-            tensor. Without effect under `torch.compile`.
+        memory: `"low"` computes SR's features again in the backward pass instead of keeping what is inside each
+            coupling: the same gradient with 17 % of the bytes that wait for the backward pass, 73 % of the peak,
+            in 1.6 times the time (1 x 3 x 128^2, one CPU thread; `benchmarks/losses.py`).
+        cache_gt: keep the features of the last GT between calls, for a step that compares several SR images with one
+            GT tensor. See `mghf_loss.gt_cache.GTCache` for when they are used and when not.
 
     Raises:
         ValueError, TypeError: from the constructor or `forward`, naming what came and what was expected.
@@ -67,12 +69,20 @@ class MGHFnLoss(nn.Module):
         cache_gt: bool = False,
     ) -> None:
         super().__init__()
+        self.input_range = images.check_range(input_range)
         self.reduction: terms.Reduction = terms.check_reduction(reduction)
-        self.inn = PairFeatures(inn, input_range, memory, cache_gt)
+        self.memory: Memory = check_memory(memory)
+        self.gt_features: GTCache[list[Tensor]] = GTCache(cache_gt)
+        self.inn = _frozen_inn(inn)
 
     def forward(self, sr: Tensor, gt: Tensor) -> Tensor:
         """Return the loss of `sr` against `gt`, both (B, 3, H, W) in `input_range`; gradient to `sr` only."""
-        sr_features, gt_features = self.inn(sr, gt)
+        network = self.inn.network
+        images.check_pair(sr, gt, least_size=network.stride)
+        gt_features = self.gt_features.get(
+            gt, lambda gt: _features(network, gt, self.input_range), *_settings(network), self.input_range
+        )
+        sr_features = _features(network, sr, self.input_range, self.memory)
         per_level = [terms.content(s, g, reduction="none") for s, g in zip(sr_features, gt_features, strict=True)]
         return terms.reduce(_mean(per_level), self.reduction)
 
@@ -99,11 +109,12 @@ class MGHFLoss(nn.Module):
         dino: the DINO term's model; see `DinoJSDLoss`.
         precision: of the terms' matrix products in the CUDA kernels: `"fast"` (tf32 and fp16 operands, float32 sums) or
             `"high"` (as accurate as float32). The networks, and everything on a CPU, compute in float32 either way.
-        memory: `"low"` computes the network's features of `sr` again in the backward pass in place of keeping what
-            that pass needs; the gradient is the same.
-        cache_gt: keep the features of the last `gt` for as long as that very tensor comes again, unchanged in place
-            (several outputs, or several losses a step, against one ground truth). A slice or a copy is another
-            tensor. Without effect under `torch.compile`.
+        memory: `"low"` computes SR's features again in the backward pass instead of keeping what is inside each
+            coupling: the same gradient with 22 % of the bytes that wait for the backward pass, 68 % of the peak,
+            in 1.5 times the time (1 x 3 x 128^2, one CPU thread; `benchmarks/losses.py`).
+            The DINO term recomputes its blocks.
+        cache_gt: keep the features and channel weights of the last GT between calls, for a step that compares several
+            SR images with one GT tensor. See `mghf_loss.gt_cache.GTCache` for when they are used and when not.
 
     Raises:
         ValueError, TypeError: from the constructor or `forward`, naming what came and what was expected.
@@ -129,6 +140,7 @@ class MGHFLoss(nn.Module):
     ) -> None:
         super().__init__()
         self.coefficients = _check_coefficients(coefficients)
+        self.input_range = images.check_range(input_range)
         self.patches = terms.check_patches(patches)
         self.modulation: terms.Modulation = terms.check_modulation(modulation)
         self.temperature = terms.check_positive("temperature", temperature)
@@ -137,10 +149,12 @@ class MGHFLoss(nn.Module):
         self.prune = prune
         self.reduction: terms.Reduction = terms.check_reduction(reduction)
         self.precision: Precision = check_precision(precision)
-        self.inn = PairFeatures(inn, input_range, memory, cache_gt) if set(self.coefficients) - {"dino_jsd"} else None
-        self.dino = (
-            DinoJSDLoss(dino, input_range=input_range, reduction="none") if "dino_jsd" in self.coefficients else None
-        )
+        self.memory: Memory = check_memory(memory)
+        self.gt_levels: GTCache[list[tuple[Tensor, Tensor]]] = GTCache(cache_gt)
+        self.inn = _frozen_inn(inn) if set(self.coefficients) - {"dino_jsd"} else None
+        self.dino = None
+        if "dino_jsd" in self.coefficients:
+            self.dino = DinoJSDLoss(dino, input_range=input_range, reduction="none", memory=memory, cache_gt=cache_gt)
 
     @overload
     def forward(
@@ -198,14 +212,23 @@ class MGHFLoss(nn.Module):
         """Unweighted terms that have a coefficient, by name and per image (B,), differentiable in `sr`."""
         values: dict[str, Tensor] = {}
         if self.inn is not None:
-            sr_features, gt_features = self.inn(sr, gt)
-            weights = [entropy_channel_weights(level, self.prune) for level in gt_features]
-            levels = zip(sr_features, gt_features, weights, strict=True)
-            per_level = [self._level_terms(*level, generator) for level in levels]
+            network = self.inn.network
+            images.check_pair(sr, gt, least_size=network.stride)
+            gt_levels = self.gt_levels.get(
+                gt, lambda gt: self._gt_levels(network, gt), *_settings(network), self.input_range, self.prune
+            )
+            sr_features = _features(network, sr, self.input_range, self.memory)
+            levels = zip(sr_features, gt_levels, strict=True)
+            per_level = [self._level_terms(sr, gt, weights, generator) for sr, (gt, weights) in levels]
             values = {name: _mean([level[name] for level in per_level]) for name in per_level[0]}
         if self.dino is not None:
             values["dino_jsd"] = self.dino(sr, gt)
         return values
+
+    def _gt_levels(self, network: HighFrequencyINN, gt: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Features (B, C, H, W) and channel weights (B, C) of every level of the GT."""
+        features = _features(network, gt, self.input_range)
+        return [(level, entropy_channel_weights(level, self.prune)) for level in features]
 
     def _level_terms(
         self, sr: Tensor, gt: Tensor, weights: Tensor, generator: torch.Generator | None
@@ -258,6 +281,30 @@ def _check_coefficients(coefficients: Mapping[str, float] | None) -> dict[str, f
     if not any(merged.values()):
         raise ValueError("all coefficients are 0: there is nothing to compute")
     return {name: float(value) for name, value in merged.items() if value}
+
+
+def _frozen_inn(inn: str | Path | HighFrequencyINN) -> Frozen[HighFrequencyINN]:
+    from .inn import HighFrequencyINN  # FrEIA brings scipy: not before a loss is built
+
+    if not isinstance(inn, (str, Path, HighFrequencyINN)):
+        raise TypeError(f"inn must be a checkpoint's name or path, or a HighFrequencyINN, got {inn!r}")
+    return Frozen(inn if isinstance(inn, HighFrequencyINN) else HighFrequencyINN.from_pretrained(inn))
+
+
+def _features(
+    network: HighFrequencyINN, image: Tensor, input_range: tuple[float, float], memory: Memory = "normal"
+) -> list[Tensor]:
+    """Features of an image per level, in float32 at least."""
+    dtype = next(network.parameters()).dtype
+    image = images.rescale(image.to(dtype), input_range, (-1.0, 1.0))
+    levels = network.features(image, recompute=memory == "low")
+    return [level.to(torch.promote_types(dtype, torch.float32)) for level in levels]
+
+
+def _settings(network: nn.Module) -> tuple[torch.dtype, torch.device]:
+    """What `.to()` changes."""
+    parameter = next(network.parameters())
+    return parameter.dtype, parameter.device
 
 
 def _mean(per_level: list[Tensor]) -> Tensor:
