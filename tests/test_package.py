@@ -44,6 +44,13 @@ FLOORS = {
     "training.objective": 9,
     "training.loop": 11,
     "training.evaluation": 11,
+    "integrations": 9,
+    "integrations.registered": 10,
+    "integrations.tensorboard": 10,
+    "integrations.basicsr": 11,
+    "integrations.neosr": 11,
+    "integrations.trainner_redux": 11,
+    "integrations.lightning": 11,
     "demo": 10,
     "cli": 12,
 }
@@ -75,6 +82,23 @@ def test_imports_point_down(path):
     assert name in FLOORS, f"give {name} a floor"
     for imported in imports(path):
         assert FLOORS[imported] < FLOORS[name], f"{name} imports {imported}"
+
+
+def test_nothing_imports_the_integrations_and_each_its_own_framework_alone():
+    frameworks = {
+        "basicsr": "basicsr",
+        "neosr": "neosr",
+        "traiNNer": "trainner_redux",
+        "lightning": "lightning",
+    }
+    for path in SOURCE.rglob("*.py"):
+        name = module_name(path)
+        if not name.startswith("integrations"):
+            assert not [imported for imported in imports(path) if imported.startswith("integrations")], name
+        for framework, owner in frameworks.items():
+            knows = re.search(rf"^\s*(import|from) {framework}\b", path.read_text(), re.MULTILINE) is not None
+            documented = name == "integrations.lightning" and framework == "lightning"
+            assert knows == (name == f"integrations.{owner}") or documented, f"{name} and {framework}"
 
 
 def test_only_one_file_knows_freia():

@@ -1,0 +1,89 @@
+"""The losses as the registries of BasicSR and its descendants build them: keyword options and a `loss_weight`."""
+
+from __future__ import annotations
+
+import math
+from numbers import Real
+from typing import Any
+
+from torch import Tensor, nn
+
+from .. import dino, mghf
+
+
+class WeightedLoss(nn.Module):
+    """loss_weight * criterion(sr, gt), sr, gt (B, 3, H, W) in the criterion's input range -> 0-d tensor.
+
+    Attributes:
+        criterion: the loss of this package.
+        loss_weight: its factor, applied here and nowhere else.
+        terms: the terms of the last call by name: unweighted, detached, 0-d; empty before the first.
+    """
+
+    def __init__(self, criterion: nn.Module, loss_weight: float = 1.0) -> None:
+        super().__init__()
+        check_scalar(criterion.reduction)
+        self.criterion = criterion
+        self.loss_weight = check_loss_weight("loss_weight", loss_weight)
+        self.terms: dict[str, Tensor] = {}
+
+    def forward(self, sr: Tensor, gt: Tensor) -> Tensor:
+        """Return the weighted loss of `sr` against `gt`; gradient to `sr` only."""
+        loss, self.terms = loss_and_terms(self.criterion, sr, gt)
+        return self.loss_weight * loss
+
+
+class MGHFLoss(WeightedLoss):
+    """`loss_weight` times `mghf_loss.MGHFLoss(**options)`; an unknown option is a `TypeError`."""
+
+    def __init__(self, loss_weight: float = 1.0, **options: Any) -> None:
+        super().__init__(mghf.MGHFLoss(**options), loss_weight)
+
+
+class MGHFnLoss(WeightedLoss):
+    """`loss_weight` times `mghf_loss.MGHFnLoss(**options)`; an unknown option is a `TypeError`."""
+
+    def __init__(self, loss_weight: float = 1.0, **options: Any) -> None:
+        super().__init__(mghf.MGHFnLoss(**options), loss_weight)
+
+
+class DinoJSDLoss(WeightedLoss):
+    """`loss_weight` times `mghf_loss.DinoJSDLoss(**options)`; an unknown option is a `TypeError`."""
+
+    def __init__(self, loss_weight: float = 1.0, **options: Any) -> None:
+        super().__init__(dino.DinoJSDLoss(**options), loss_weight)
+
+
+def loss_and_terms(criterion: nn.Module, sr: Tensor, gt: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss of one of the three losses, and its unweighted terms by name, detached."""
+    if isinstance(criterion, mghf.MGHFLoss):
+        return criterion(sr, gt, return_terms=True)
+    loss = criterion(sr, gt)
+    return loss, {"dino_jsd" if isinstance(criterion, dino.DinoJSDLoss) else "content": loss.detach()}
+
+
+def check_scalar(reduction: Any) -> None:
+    """Raise `ValueError` where a loss would return a value per image."""
+    if reduction == "none":
+        raise ValueError("reduction must be 'mean' or 'sum' inside a trainer, which adds scalars, got 'none'")
+
+
+def check_loss_weight(name: str, value: float) -> float:
+    """Return `value` as a float; raise `ValueError` unless it is a finite number of at least 0."""
+    if not isinstance(value, Real) or isinstance(value, bool) or not 0 <= value < math.inf:
+        raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}")
+    return float(value)
+
+
+def register(registry: Any, *classes: type) -> None:
+    """Add classes to a registry of BasicSR's kind under their names; again is no error.
+
+    Raises `ValueError` where a name belongs to another package's class, which would be used in its place.
+    """
+    for cls in classes:
+        if cls.__name__ not in registry:
+            registry.register(cls)
+            continue
+        known = registry.get(cls.__name__)
+        if (known.__module__, known.__name__) != (cls.__module__, cls.__name__):
+            raise ValueError(f"the registry's {cls.__name__} is {known.__module__}.{known.__name__}, not mghf-loss's")

@@ -1,0 +1,81 @@
+"""traiNNer-redux: importing this module registers `MGHFLoss`, `MGHFnLoss` and `DinoJSDLoss`.
+
+traiNNer-redux has no hook for packages: it imports every file of `traiNNer/losses/` whose name ends in `_loss.py`. So
+put this line into a file `traiNNer/losses/mghf_loss.py` of your clone:
+
+    import mghf_loss.integrations.trainner_redux
+
+and add to the list of losses in the options:
+
+    losses:
+      - type: mghfloss
+        loss_weight: 0.05
+        coefficients: { patch_nce: 0 }  # and any other option of mghf_loss.MGHFLoss
+
+`loss_weight` is an attribute here and nothing more: the trainer multiplies by it. `MGHFLoss` returns its terms by name,
+each with its coefficient, which the trainer adds and logs one by one (it leaves out terms that are 0 or NaN); the other
+two return a 0-d tensor. Images are RGB in [0, 1], autocast and channels_last are welcome. traiNNer-redux is not on
+PyPI: this follows its call convention of the versions that multiply by `loss_weight` (2025 on), and has not been run in
+it. Earlier versions expect the loss to multiply: use the classes of `mghf_loss.integrations.registered` there.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from .. import dino, mghf, terms
+from . import needs
+from .registered import check_loss_weight, check_scalar, register
+
+with needs("traiNNer", "see https://github.com/the-database/traiNNer-redux"):
+    from traiNNer.utils.registry import LOSS_REGISTRY  # type: ignore[import-not-found]
+
+
+class _Criterion(nn.Module):
+    """A loss of this package with the attribute `loss_weight`, by which it does not multiply."""
+
+    def __init__(self, criterion: nn.Module, loss_weight: float) -> None:
+        super().__init__()
+        check_scalar(criterion.reduction)
+        self.criterion = criterion
+        self.loss_weight = check_loss_weight("loss_weight", loss_weight)
+
+    def forward(self, sr: Tensor, gt: Tensor) -> Tensor | dict[str, Tensor]:
+        """Return the loss of `sr` against `gt` without `loss_weight`; gradient to `sr` only."""
+        return self.criterion(sr, gt)
+
+
+class MGHFLoss(_Criterion):
+    """`mghf_loss.MGHFLoss(**options)` as {name: coefficient * term}; an unknown option is a `TypeError`."""
+
+    criterion: mghf.MGHFLoss
+
+    def __init__(self, loss_weight: float = 1.0, **options: Any) -> None:
+        super().__init__(mghf.MGHFLoss(**options), loss_weight)
+
+    def forward(self, sr: Tensor, gt: Tensor) -> dict[str, Tensor]:
+        """Return coefficient * term by name, 0-d, without `loss_weight`; gradient to `sr` only."""
+        criterion = self.criterion
+        return {
+            name: criterion.coefficients[name] * terms.reduce(value, criterion.reduction)
+            for name, value in criterion.term_values(sr, gt).items()
+        }
+
+
+class MGHFnLoss(_Criterion):
+    """`mghf_loss.MGHFnLoss(**options)`; an unknown option is a `TypeError`."""
+
+    def __init__(self, loss_weight: float = 1.0, **options: Any) -> None:
+        super().__init__(mghf.MGHFnLoss(**options), loss_weight)
+
+
+class DinoJSDLoss(_Criterion):
+    """`mghf_loss.DinoJSDLoss(**options)`; an unknown option is a `TypeError`."""
+
+    def __init__(self, loss_weight: float = 1.0, **options: Any) -> None:
+        super().__init__(dino.DinoJSDLoss(**options), loss_weight)
+
+
+register(LOSS_REGISTRY, MGHFLoss, MGHFnLoss, DinoJSDLoss)

@@ -1,0 +1,324 @@
+"""The losses as trainers build and call them, and what is logged. Real runs: test_basicsr.py, test_lightning.py."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+import types
+import warnings
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from mghf_loss import DinoJSDLoss, MGHFLoss, MGHFnLoss
+from mghf_loss.integrations import registered
+from mghf_loss.integrations.tensorboard import log_pair
+
+TERMS = ["content", "style", "correlation", "patch_nce"]
+
+
+def pair() -> tuple[Tensor, Tensor]:
+    return torch.rand(2, 3, 24, 24, requires_grad=True), torch.rand(2, 3, 24, 24)
+
+
+def seeded(criterion, sr: Tensor, gt: Tensor):
+    torch.manual_seed(1)  # the same places
+    return criterion(sr, gt)
+
+
+class Registry(dict):
+    """A registry as neosr and traiNNer-redux document theirs: `register` by the class's name, `get`, `in`."""
+
+    def __init__(self, lower: bool) -> None:
+        super().__init__()
+        self.key = str.lower if lower else str
+
+    def register(self, cls: type) -> None:
+        assert self.key(cls.__name__) not in self
+        self[self.key(cls.__name__)] = cls
+
+    def get(self, name: str) -> type:
+        return self[self.key(name)]
+
+    def __contains__(self, name: object) -> bool:
+        return super().__contains__(self.key(name))
+
+    def build(self, opt: dict):
+        return self.get(opt["type"])(**{name: value for name, value in opt.items() if name != "type"})
+
+
+@pytest.fixture
+def trainer(monkeypatch):
+    """Import an integration with a registry in the place of the trainer's, which is not on PyPI."""
+
+    def load(framework: str, integration: str, lower: bool) -> Registry:
+        registry = Registry(lower)
+        for name in (framework, f"{framework}.utils", f"{framework}.utils.registry"):
+            monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+        sys.modules[f"{framework}.utils.registry"].LOSS_REGISTRY = registry
+        monkeypatch.delitem(sys.modules, f"mghf_loss.integrations.{integration}", raising=False)
+        module = importlib.import_module(f"mghf_loss.integrations.{integration}")
+        importlib.reload(module)  # registers again without error
+        monkeypatch.delitem(sys.modules, f"mghf_loss.integrations.{integration}")
+        return registry
+
+    return load
+
+
+@pytest.fixture(scope="module")
+def basicsr():
+    if importlib.util.find_spec("basicsr") is None:
+        pytest.skip("BasicSR is not installed: its sdist does not build on Python 3.13")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # its own, of SciPy's and torchvision's changes
+        return importlib.import_module("mghf_loss.integrations.basicsr")
+
+
+@pytest.mark.parametrize("loss_weight", [1, 0.25])
+def test_neosr_contract(trainer, tiny_dino, loss_weight):
+    """Contract from the documented call convention, not a run: options by keyword, one scalar, factor inside."""
+    registry = trainer("neosr", "neosr", lower=False)
+    assert set(registry) == {"MGHFLoss", "MGHFnLoss", "DinoJSDLoss"}
+    sr, gt = pair()
+    options = {"coefficients": {"style": 0.0}, "input_range": [0, 1]}  # TOML has no tuples
+    loss = registry.build({"type": "MGHFLoss", "loss_weight": loss_weight, **options})
+    loss = loss.to("cpu", memory_format=torch.channels_last, non_blocking=True)
+    value = seeded(loss, sr, gt)
+    torch.testing.assert_close(value, loss_weight * seeded(MGHFLoss(**options), sr, gt))
+    assert value.shape == ()
+    value = registry.build({"type": "MGHFnLoss", "loss_weight": loss_weight})(sr, gt)
+    torch.testing.assert_close(value, loss_weight * MGHFnLoss()(sr, gt))
+    value = registry.build({"type": "DinoJSDLoss", "loss_weight": loss_weight, "model": tiny_dino})(sr, gt)
+    torch.testing.assert_close(value, loss_weight * DinoJSDLoss(tiny_dino)(sr, gt))
+
+
+@pytest.mark.parametrize("loss_weight", [1.0, 0.25])
+def test_trainner_redux_contract(trainer, tiny_dino, loss_weight):
+    """Contract from the documented call convention, not a run: the trainer multiplies, sums a dict's positive terms."""
+    registry = trainer("traiNNer", "trainner_redux", lower=True)
+    sr, gt = pair()
+
+    def step(opt: dict) -> tuple[Tensor, dict[str, Tensor]]:
+        loss = registry.build({"loss_weight": loss_weight, **opt})
+        loss = loss.to("cpu", memory_format=torch.channels_last, non_blocking=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            values = seeded(loss, sr, gt)
+        values = values if isinstance(values, dict) else {"": values}
+        logged = {name: value * abs(loss.loss_weight) for name, value in values.items() if value > 0}
+        return torch.stack(list(logged.values())).sum(), logged
+
+    total, logged = step({"type": "mghfloss", "coefficients": {"style": 500.0}})
+    assert list(logged) == TERMS
+    bare = MGHFLoss({"style": 500.0})
+    torch.testing.assert_close(total, loss_weight * seeded(bare, sr, gt))
+    torch.testing.assert_close(*(torch.autograd.grad(v, sr)[0] for v in (total, loss_weight * seeded(bare, sr, gt))))
+    assert set(step({"type": "MGHFnLoss"})[1]) == {""}
+    torch.testing.assert_close(step({"type": "MGHFnLoss"})[0], loss_weight * MGHFnLoss()(sr, gt))
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = loss_weight * DinoJSDLoss(tiny_dino)(sr, gt)
+    torch.testing.assert_close(step({"type": "DinoJSDLoss", "model": tiny_dino})[0], expected)
+
+
+@pytest.mark.parametrize("loss_weight", [1, 0.25])
+def test_basicsr_builds_the_pixel_slot(basicsr, tiny_dino, loss_weight):
+    from basicsr.utils.registry import LOSS_REGISTRY
+
+    sr, gt = pair()
+    bare = {"MGHFLoss": MGHFLoss(), "MGHFnLoss": MGHFnLoss(), "DinoJSDLoss": DinoJSDLoss(tiny_dino)}
+    for name, criterion in bare.items():
+        options = {"model": tiny_dino} if name == "DinoJSDLoss" else {}
+        loss = LOSS_REGISTRY.get(name)(loss_weight=loss_weight, **options)
+        assert loss.terms == {}
+        torch.testing.assert_close(seeded(loss, sr, gt), loss_weight * seeded(criterion, sr, gt))
+        expected = {"MGHFLoss": TERMS, "MGHFnLoss": ["content"], "DinoJSDLoss": ["dino_jsd"]}[name]
+        assert list(loss.terms) == expected
+        assert not any(value.requires_grad for value in loss.terms.values())
+
+
+def test_basicsr_perceptual_slot_splits_the_loss(basicsr):
+    sr, gt = pair()
+    expected, values = seeded(lambda *pair: MGHFLoss()(*pair, return_terms=True), sr, gt)
+    both = basicsr.MGHFPerceptualLoss()
+    percep, style = seeded(both, sr, gt)
+    torch.testing.assert_close(percep + style, expected)
+    torch.testing.assert_close(style, 600 * values["style"])
+    assert both.terms == values
+    weighted = basicsr.MGHFPerceptualLoss(0.5, 0.25, reduction="sum")
+    torch.testing.assert_close(seeded(weighted, sr, gt), (2 * 0.5 * percep, 2 * 0.25 * style))
+    percep_alone = seeded(basicsr.MGHFPerceptualLoss(style_weight=0), sr, gt)
+    torch.testing.assert_close(percep_alone, (percep, None))
+    torch.testing.assert_close(seeded(basicsr.MGHFPerceptualLoss(perceptual_weight=0), sr, gt), (None, style))
+    without = basicsr.MGHFPerceptualLoss(coefficients={"style": 0.0})
+    torch.testing.assert_close(seeded(without, sr, gt), (percep, None))
+
+
+def test_basicsr_perceptual_slot_loads_no_network_that_it_does_not_use(basicsr):
+    """The DINO term's would be fetched from the Hub."""
+    loss = basicsr.MGHFPerceptualLoss(perceptual_weight=0, coefficients={"dino_jsd": 1.0})
+    assert loss.criterion.dino is None
+
+
+def test_basicsr_options_that_make_no_sense_are_refused(basicsr):
+    with pytest.raises(ValueError, match="all coefficients are 0"):
+        basicsr.MGHFPerceptualLoss(0, 0)
+    with pytest.raises(ValueError, match="style_weight must be a finite number of at least 0, got -1"):
+        basicsr.MGHFPerceptualLoss(style_weight=-1)
+    with pytest.raises(TypeError, match="loss_weight"):
+        basicsr.MGHFPerceptualLoss(loss_weight=1.0)
+    with pytest.raises(ValueError, match="reduction must be 'mean' or 'sum' inside a trainer"):
+        basicsr.MGHFPerceptualLoss(reduction="none")
+
+
+def test_basicsr_may_be_registered_as_often_as_one_likes(basicsr):
+    from basicsr.utils.registry import LOSS_REGISTRY, MODEL_REGISTRY
+
+    importlib.reload(basicsr)
+    assert {"MGHFLoss", "MGHFnLoss", "DinoJSDLoss", "MGHFPerceptualLoss"} <= set(LOSS_REGISTRY.keys())
+    assert {"MGHFSRModel", "MGHFSRGANModel"} <= set(MODEL_REGISTRY.keys())
+
+
+@pytest.mark.filterwarnings("ignore")  # BasicSR's scheduler
+def test_basicsr_gan_logs_terms_only_where_the_generator_was_trained(basicsr):
+    from basicsr.models import build_model
+
+    adam, network = {"type": "Adam", "lr": 1e-3}, {"num_in_ch": 3, "num_feat": 8}
+    perceptual = {"type": "MGHFPerceptualLoss", "perceptual_weight": 0.1}
+    train = {
+        "optim_g": dict(adam),
+        "optim_d": dict(adam),
+        "scheduler": {"type": "MultiStepLR", "milestones": [100]},
+        "pixel_opt": {"type": "L1Loss"},
+        "perceptual_opt": perceptual,
+        "gan_opt": {"type": "GANLoss", "gan_type": "vanilla", "loss_weight": 0.01},
+        "net_d_iters": 2,
+    }
+    model = build_model(
+        {
+            "model_type": "MGHFSRGANModel",
+            "num_gpu": 0,
+            "dist": False,
+            "is_train": True,
+            "path": {},
+            "network_g": {"type": "MSRResNet", "num_out_ch": 3, "num_block": 1, "upscale": 4, **network},
+            "network_d": {"type": "UNetDiscriminatorSN", **network},
+            "train": train,
+        }
+    )
+    model.feed_data({"lq": torch.rand(1, 3, 8, 8), "gt": torch.rand(1, 3, 32, 32)})
+    logs = []
+    for iteration in (1, 2, 3):
+        model.optimize_parameters(iteration)
+        logs.append(dict(model.get_current_log()))
+    terms = {f"l_perceptual_{name}" for name in TERMS}
+    assert [terms & log.keys() for log in logs] == [set(), terms, set()]
+    values = [
+        0.1 * factor * logs[1][f"l_perceptual_{name}"] for name, factor in zip(TERMS, (5, 600, 1, 0.008), strict=True)
+    ]
+    assert logs[1]["l_g_style"] == pytest.approx(10 * values.pop(1), rel=1e-5)
+    assert logs[1]["l_g_percep"] == pytest.approx(sum(values), rel=1e-5)
+
+
+def test_a_name_that_is_anothers_is_not_passed_over():
+    registry = Registry(lower=False)
+    registry.register(type("MGHFLoss", (), {"__module__": "elsewhere"}))
+    with pytest.raises(ValueError, match=r"the registry's MGHFLoss is elsewhere\.MGHFLoss, not mghf-loss's"):
+        registered.register(registry, registered.MGHFLoss)
+
+
+@pytest.mark.parametrize("name", ["MGHFLoss", "MGHFnLoss", "DinoJSDLoss"])
+def test_bad_options_are_refused_by_name(name, tiny_dino):
+    build, options = getattr(registered, name), {"model": tiny_dino} if name == "DinoJSDLoss" else {}
+    for value in (-1, float("nan"), True, "0.1"):
+        with pytest.raises(ValueError, match="loss_weight must be a finite number of at least 0, got"):
+            build(loss_weight=value, **options)
+    with pytest.raises(ValueError, match="reduction must be 'mean' or 'sum' inside a trainer"):
+        build(reduction="none", **options)
+    with pytest.raises(TypeError, match="criterion_type"):
+        build(criterion_type="l1", **options)
+
+
+@pytest.mark.parametrize(
+    ("integration", "framework", "remedy"),
+    [
+        ("basicsr", "basicsr", "pip install basicsr"),
+        ("lightning", "lightning", "pip install lightning"),
+        ("neosr", "neosr", "github.com/neosr-project/neosr"),
+        ("trainner_redux", "traiNNer", "github.com/the-database/traiNNer-redux"),
+    ],
+)
+def test_a_missing_framework_is_named_with_the_remedy(integration, framework, remedy, monkeypatch):
+    for module in list(sys.modules):
+        if module.split(".")[0] == framework:
+            monkeypatch.delitem(sys.modules, module)
+
+    class Missing:
+        def find_spec(self, name: str, *_: object) -> None:
+            if name == framework:
+                raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    monkeypatch.setattr(sys, "meta_path", [Missing(), *sys.meta_path])
+    monkeypatch.delitem(sys.modules, f"mghf_loss.integrations.{integration}", raising=False)
+    with pytest.raises(ModuleNotFoundError, match=f"needs {framework}, which is not installed: .*{remedy}") as caught:
+        importlib.import_module(f"mghf_loss.integrations.{integration}")
+    assert caught.value.name == framework
+
+
+def test_a_framework_that_misses_something_is_not_called_missing():
+    from mghf_loss.integrations import needs
+
+    with pytest.raises(ModuleNotFoundError, match="No module named 'no_such_module'"), needs("basicsr", "pip"):
+        importlib.import_module("no_such_module")
+
+
+def read(folder):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return events
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # TensorBoard's own
+def test_log_pair_writes_terms_energies_and_pictures(tmp_path):
+    criterion = MGHFLoss(input_range=(-1, 1), reduction="none")
+    gt = 2 * torch.rand(3, 3, 32, 32) - 1
+    sr = torch.nn.functional.avg_pool2d(gt, 5, 1, 2)  # its details are gone
+    state = torch.get_rng_state()
+    with SummaryWriter(str(tmp_path)) as writer:
+        log_pair(writer, criterion, sr, gt, 7, images=2)
+    assert torch.equal(torch.get_rng_state(), state)  # the training goes on as without logs
+    events = read(tmp_path)
+    scalars = {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
+    energies = {f"mghf/energy/level{level}_{name}" for level in (1, 2, 3) for name in ("sr", "gt")}
+    assert set(scalars) == {"mghf/loss", *(f"mghf/term/{name}" for name in TERMS), *energies}
+    assert {event.step for events in scalars.values() for event in events} == {7}
+    generator = torch.Generator().manual_seed(7)
+    loss, terms = criterion(sr, gt, return_terms=True, generator=generator)
+    assert scalars["mghf/loss"][0].value == pytest.approx(loss.mean().item(), rel=1e-6)
+    assert scalars["mghf/term/style"][0].value == pytest.approx(terms["style"].mean().item(), rel=1e-6)
+    features = criterion.inn.network.features(gt)
+    assert scalars["mghf/energy/level1_gt"][0].value == pytest.approx(features[0].square().mean().item(), rel=1e-6)
+    assert scalars["mghf/energy/level1_sr"][0].value < 0.5 * scalars["mghf/energy/level1_gt"][0].value
+    pictures = {"mghf/sr", "mghf/gt", *(f"mghf/heatmap/{name}" for name in [*TERMS, "total"])}
+    assert set(events.Tags()["images"]) == pictures
+    assert events.Images("mghf/sr")[0].height == 2 * 32 or events.Images("mghf/sr")[0].width == 2 * 32
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_log_pair_without_pictures_and_without_the_network(tmp_path, tiny_dino):
+    criterion = MGHFLoss({**dict.fromkeys(TERMS, 0.0), "dino_jsd": 1.0}, dino=tiny_dino)
+    with SummaryWriter(str(tmp_path)) as writer:
+        log_pair(writer, criterion, *pair(), 1, tag="val", images=0)
+    events = read(tmp_path)
+    assert events.Tags()["images"] == []
+    assert set(events.Tags()["scalars"]) == {"val/loss", "val/term/dino_jsd"}
+
+
+def test_log_pair_refuses_what_has_no_terms():
+    with pytest.raises(TypeError, match="criterion must be an MGHFLoss, got MGHFnLoss"):
+        log_pair(None, MGHFnLoss(), *pair(), 1)
+    with pytest.raises(ValueError, match="images must be at least 0, got -1"):
+        log_pair(None, MGHFLoss(), *pair(), 1, images=-1)
