@@ -37,6 +37,7 @@ LANGUAGES = {"python", "{.python}", "bash", "yaml", "toml", "bibtex"}
 NOT_RUN = {
     'pip install ".[demo]" && mghf-loss demo': "installs; .ci/run takes it from the README and runs it as it stands",
     'pip install -e ".[test]" && pytest': "installs, and is this suite; .ci/run takes it from the README too",
+    'pip install ".[bench]"': "installs the peers of the benchmarks",
     "bash benchmarks/gpu.sh ": "measures on an NVIDIA GPU; it refuses to start without one",
     "accelerate launch --multi_gpu --num_processes 8 ": "eight GPUs; tests/test_training.py launches two CPU processes",
     "# neosr/losses/mghf_loss.py": "a file of neosr, which is not on PyPI",
@@ -47,6 +48,8 @@ SMALL = {
     "demo": ["--steps", "2"],
     "train-inn": shlex.split("--steps 1 --batch 1 --crop 16 --hidden 4 --couplings 1 --threads 1 --cpu"),
 }
+# What BasicSR's perceptual slot takes in place of `loss_weight`.
+FACTORS = ("perceptual_weight", "style_weight")
 # What the README's Python takes for granted, as the reader's program has it.
 GIVEN = """
 import torch
@@ -134,7 +137,8 @@ def test_options_of_trainers_build_the_loss(page: Path):
             continue
         for slot in losses_in(options):
             if "mghf" in slot.pop("type").lower():
-                assert slot.pop("loss_weight") > 0
+                factors = [slot.pop(name) for name in ("loss_weight", *FACTORS) if name in slot]
+                assert all(factors), slot
                 MGHFLoss(**slot)
                 built += 1
     assert built
@@ -211,19 +215,19 @@ def run(command: str, folder: Path) -> None:
     elif words[0] == "python" or words[:2] == ["accelerate", "launch"]:
         # Scripts of the repository have tests of their own: here, that they exist and know these options.
         script, *options = shlex.split(re.sub("^(python|accelerate launch) ", "", command).replace("#", " "))
-        usage = help_of(REPOSITORY / script)
+        usage = help_of(REPOSITORY / script, *[word for word in words[2:3] if word.isalpha()])
         for option in options:
             assert not option.startswith("--") or option.strip(",;") in usage, f"{script} has no {option}"
     else:
         raise AssertionError(f"say in `run` or `NOT_RUN` what becomes of: {command}")
 
 
-def help_of(script: Path) -> str:
+def help_of(script: Path, *subcommand: str) -> str:
     """Return what a script prints for --help; in this process, which has PyTorch already."""
     output = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(output):
         patch.syspath_prepend(script.parent)
-        patch.setattr(sys, "argv", [str(script), "--help"])
+        patch.setattr(sys, "argv", [str(script), *subcommand, "--help"])
         with pytest.raises(SystemExit) as stopped:
             runpy.run_path(str(script), run_name="__main__")
     assert stopped.value.code == 0
