@@ -12,11 +12,15 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import math
+import os
 import socket
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -62,7 +66,7 @@ LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 def judge(srs: Sequence[Tensor], gts: Sequence[Tensor]) -> dict[str, float]:
     """All of `METRICS`, by name: means over the images; `kid` and `frechet` pool the patches of all images.
 
-    A metric whose package or weights cannot be had is left out, and a line says so, once.
+    A metric whose package or weights cannot be had is left out, and a line says so, once in a process.
 
     Args:
         srs: super-resolved images, each (1, 3, H, W) in [0, 1], H, W >= 200; values outside are clamped.
@@ -80,6 +84,8 @@ def judge(srs: Sequence[Tensor], gts: Sequence[Tensor]) -> dict[str, float]:
                 f"pair {index}: expected two images (1, 3, H, W) of one shape with H, W >= {LEAST_SIDE}, "
                 f"got sr {tuple(sr.shape)} and gt {shape}"
             )
+        if not (sr.isfinite().all() and gt.isfinite().all()):
+            raise ValueError(f"pair {index}: expected finite values")
     results: dict[str, float] = {}
     with torch.no_grad():
         srs, gts = [as_seen(sr) for sr in srs], [as_seen(gt) for gt in gts]
@@ -133,33 +139,63 @@ def by_pyiqa(name: str, srs: Sequence[Tensor], gts: Sequence[Tensor]) -> list[fl
 
 @functools.cache  # a failure too: no second attempt to download
 def _pyiqa_metric(name: str, device: str) -> Any:
-    patience = socket.getdefaulttimeout()
     try:
-        import pyiqa
+        with _impatient_downloads():
+            import pyiqa
 
-        socket.setdefaulttimeout(CONNECTION_TIMEOUT)
-        return pyiqa.create_metric(name, device=torch.device(device))
+            metric = pyiqa.create_metric(name, device=torch.device(device))
     except Exception as error:  # of whatever its many downloads raise
         return UnavailableError(" ".join(f"{type(error).__name__}: {error}".split())[:200])
+    if metric.lower_better != (METRICS[name] == "lower"):
+        return UnavailableError(f"pyiqa says lower_better={metric.lower_better}, METRICS {METRICS[name]!r}")
+    return metric
+
+
+@contextmanager
+def _impatient_downloads() -> Iterator[None]:
+    """Give up on a server that does not answer for 10 s; with HF_HUB_OFFLINE set, before asking any.
+
+    pyiqa downloads by urllib, which waits for ever by default and does not know that variable. Cached weights are read
+    in any case.
+    """
+
+    def refuse(*_: object, **__: object) -> socket.socket:
+        raise OSError("HF_HUB_OFFLINE is set, and the weights are not in the cache")
+
+    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(CONNECTION_TIMEOUT)
+    try:
+        with mock.patch("socket.create_connection", refuse if offline else socket.create_connection):
+            yield
     finally:
-        socket.setdefaulttimeout(patience)
+        socket.setdefaulttimeout(before)
 
 
 def niqe(images: Sequence[Tensor]) -> float:
     """NIQE by BasicSR's `calculate_niqe` and the authors' pristine model inside that package, mean over images.
 
-    On MATLAB's luma (`convert_to="y"`: 16-235) in blocks of 96 x 96; the border is cut already (`crop_border=0`).
+    On MATLAB's luma (`convert_to="y"`: 16-235) in blocks of 96 x 96; the border is cut already (`crop_border=0`). An
+    image with fewer than two blocks that are not constant has no NIQE and is left out of the mean.
 
     Reference: Mittal et al., "Making a completely blind image quality analyzer", SPL 2013.
     """
+    import numpy as np
+
     calculate = _basicsr_niqe()
     scores = []
     for image in images:
         bgr = (image[0] * 255).round().permute(1, 2, 0).flip(-1).cpu().numpy()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # constant blocks give nan, which NIQE leaves out
-            scores.append(calculate(bgr, crop_border=0, input_order="HWC", convert_to="y"))
-    return sum(scores) / len(scores)
+            try:
+                scores.append(float(calculate(bgr, crop_border=0, input_order="HWC", convert_to="y")))
+            except np.linalg.LinAlgError:  # fewer than two blocks are left
+                scores.append(math.nan)
+    known = [score for score in scores if math.isfinite(score)]
+    if not known:
+        raise UnavailableError("no image has two blocks of 96 x 96 with texture")
+    return sum(known) / len(known)
 
 
 @functools.cache

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from losses import focal_frequency, one_minus, ssim
+from metrics import efficientnet_maps
 from torch import Tensor, nn
 
 from mghf_loss import DinoJSDLoss, MGHFLoss, MGHFnLoss
@@ -44,10 +45,16 @@ def similarity(build: Callable[..., nn.Module], device: str, **options: Any) -> 
     return without_generator(partial(one_minus, build(**options).to(device)))
 
 
-def mghf(device: str, times: Mapping[str, float] | None = None, dense: bool = False, **options: Any) -> Loss:
+def coefficients(options: Mapping[str, Any]) -> dict[str, float]:
+    """All coefficients of a `mghf` with these options."""
+    times = {term: DEFAULT_COEFFICIENTS[term] * factor for term, factor in options.get("times", {}).items()}
+    return {**DEFAULT_COEFFICIENTS, **options.get("coefficients", {}), **times}
+
+
+def mghf(device: str, dense: bool = False, **options: Any) -> Loss:
     """MGHFLoss; `times` multiplies single default coefficients, `dense` is `patches=None`, which TOML cannot say."""
-    changed = {term: DEFAULT_COEFFICIENTS[term] * factor for term, factor in (times or {}).items()}
-    options["coefficients"] = {**options.get("coefficients", {}), **changed}
+    options["coefficients"] = coefficients(options)
+    options.pop("times", None)
     if dense:
         options["patches"] = None
     criterion = MGHFLoss(**options).to(device)
@@ -89,7 +96,7 @@ def wavelet(device: str, name: str = "db2", levels: int = 3) -> Loss:
 
 def efficientnet(device: str) -> Loss:
     """Mean |F_sr - F_gt| / mean |F_gt| of the maps of an ImageNet-trained EfficientNet-Lite0, mean over depths."""
-    from metrics import efficientnet_maps
+    efficientnet_maps(torch.rand(1, 3, 32, 32, device=device))  # raises where the package is missing
 
     def loss(sr: Tensor, gt: Tensor) -> Tensor:
         with torch.no_grad():

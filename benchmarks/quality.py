@@ -17,18 +17,23 @@
 All runs have equal steps, crops that depend on seed and step only, one optimiser and the pixel term L1. Every finished
 run is one file below --out: a kill loses the runs in progress, and the same command goes on. A loss that cannot be had
 (no weights, no package) is a printed skip, listed by the report too; a loss that diverges is a result.
+
+To be kept in mind: NIQE, KID and spectrum error choose the factors and judge too, on other photographs. KID is in the
+features of EfficientNet-Lite0, which the loss of that name minimises; the report marks such cells and leaves them out
+of the fronts. The bundled network of MGHF was trained on, and chosen by, photographs as well: judge on others.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +41,7 @@ import models
 import peers
 import torch
 import torch.nn.functional as F
-from metrics import judge
+from metrics import LEAST_SIDE, judge
 from runs import (
     photographs,
     provenance,
@@ -51,11 +56,12 @@ from runs import (
 )
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tasks import TASKS, degrade, starting_point
+from tasks import TASKS, degrade, is_sr, starting_point
 from torch import Tensor, nn
 
+from mghf_loss import checkpoints
 from mghf_loss.checkpoints import write_atomically
-from mghf_loss.images import read_image
+from mghf_loss.images import open_image, read_image
 from mghf_loss.tables import format_table, write_table
 from mghf_loss.training.data import list_images
 
@@ -65,6 +71,7 @@ else:
     import tomli as tomllib
 
 PIXEL = "L1"
+OURS = ("MGHFLoss", "MGHFnLoss")
 PERCEPTION = ("niqe", "kid", "spectrum_error")  # what the choice of a factor looks at
 CALIBRATION_CROPS = 32
 TUNING_SIDE = 320
@@ -166,8 +173,10 @@ def read_config(path: Path) -> Config:
 
     def section(kind: type, content: Any, where: str) -> Any:
         known = {each.name for each in fields(kind)}
-        if not isinstance(content, dict) or set(content) - known:
-            raise ValueError(f"{path}: {where} must be a table with keys of {sorted(known)}, got {content!r}")
+        if not isinstance(content, dict):
+            raise ValueError(f"{path}: {where} must be a table, got {content!r}")
+        if set(content) - known:
+            raise ValueError(f"{path}: {where}: unknown keys {sorted(set(content) - known)}, known are {sorted(known)}")
         values = {key: tuple(value) if isinstance(value, list) else value for key, value in content.items()}
         try:
             return kind(**values)
@@ -184,14 +193,58 @@ def read_config(path: Path) -> Config:
         {name: section(LossSpec, loss, f"losses.{name!r}") for name, loss in content["losses"].items()},
         tuple(section(Grid, grid, "grid") for grid in content["grid"]),
     )
-    if config.training.steps < LEAST_STEPS:
-        raise ValueError(f"{path}: training.steps must be at least {LEAST_STEPS}, got {config.training.steps}")
+    try:
+        check(config)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    return config
+
+
+def check(config: Config) -> None:
+    """Raise ValueError or TypeError unless every value is of its type and range, and every name is known, once."""
+
+    def number(name: str, value: Any, kind: type, least: float) -> None:
+        if isinstance(value, bool) or not isinstance(value, (int, kind)) or not least <= value < math.inf:
+            what = "a whole number" if kind is int else "a number"
+            raise ValueError(f"{name} must be {what} of at least {least:g}, got {value!r}")
+
+    training, tuning = config.training, config.tuning
+    number("training.steps", training.steps, int, LEAST_STEPS)
+    number("training.batch", training.batch, int, 1)
+    number("training.crop", training.crop, int, 32)
+    if training.crop % 4:
+        raise ValueError(f"training.crop must be a multiple of 4, got {training.crop}")
+    number("training.learning_rate", training.learning_rate, float, 1e-9)
+    number("training.clip", training.clip, float, 1e-9)
+    number("tuning.photographs", tuning.photographs, int, 1)
+    number("tuning.psnr_allowance", tuning.psnr_allowance, float, 0)
+    if not isinstance(tuning.ratios, tuple) or not tuning.ratios:
+        raise ValueError(f"tuning.ratios must be a list of numbers, got {tuning.ratios!r}")
+    for ratio in tuning.ratios:
+        number("tuning.ratios", ratio, float, 1e-9)
     for name, loss in config.losses.items():
         if loss.type not in peers.BUILDERS:
-            raise ValueError(f"{path}: losses.{name!r}.type must be one of {list(peers.BUILDERS)}, got {loss.type!r}")
-        if loss.factor_of is not None and loss.factor_of not in config.losses:
-            raise ValueError(f"{path}: losses.{name!r}.factor_of names no loss: {loss.factor_of!r}")
-    for grid in (*config.grids, Grid("tuning", (), (config.tuning.model,), (config.tuning.task,))):
+            raise ValueError(f"losses.{name!r}.type must be one of {list(peers.BUILDERS)}, got {loss.type!r}")
+        if name == PIXEL:
+            raise ValueError(f"losses.{name!r}: the name is that of the pixel term alone")
+        if loss.factor is not None:
+            number(f"losses.{name!r}.factor", loss.factor, float, 0)
+            if loss.factor_of is not None:
+                raise ValueError(f"losses.{name!r} has factor and factor_of; one of them is meant")
+        leads_to, seen = name, set()
+        while (source := config.losses[leads_to].factor_of) is not None:
+            if source not in config.losses:
+                raise ValueError(f"losses.{leads_to!r}.factor_of names no loss: {source!r}")
+            if source in seen:
+                raise ValueError(f"losses.{name!r}.factor_of goes in a circle")
+            seen.add(source)
+            leads_to = source
+    for kind, names in (("losses", list(config.losses)), ("grids", [grid.name for grid in config.grids])):
+        files = [slug(name) for name in names]
+        twice = sorted({name for name, file in zip(names, files, strict=True) if files.count(file) > 1})
+        if twice:
+            raise ValueError(f"{kind} {twice} have names that make the same file name")
+    for grid in (*config.grids, Grid("tuning", (), (tuning.model,), (tuning.task,), (tuning.seed,))):
         for kind, given, known in (
             ("losses", (*grid.losses, grid.reference), (PIXEL, *config.losses)),
             ("models", grid.models, models.MODELS),
@@ -199,15 +252,31 @@ def read_config(path: Path) -> Config:
         ):
             unknown = [each for each in given if each not in known]
             if unknown:
-                raise ValueError(f"{path}: grid {grid.name!r}: unknown {kind} {unknown}, known are {list(known)}")
-    return config
+                raise ValueError(f"grid {grid.name!r}: unknown {kind} {unknown}, known are {list(known)}")
+        if not isinstance(grid.seeds, tuple):
+            raise ValueError(f"grid {grid.name!r}: seeds must be a list of whole numbers, got {grid.seeds!r}")
+        for seed in grid.seeds:
+            number(f"grid {grid.name!r}: seeds", seed, int, 0)
+        if "one-step" in grid.models and not all(map(is_sr, grid.tasks)):
+            raise ValueError(f"grid {grid.name!r}: the one-step model is for SR tasks, got {list(grid.tasks)}")
+
+
+def check_place(config: Config, place: Place) -> None:
+    """Raise before anything is trained: no such folder or device, an unreadable file, too few or small photographs."""
+    torch.empty(0, device=place.device)
+    for folder, least in ((place.train, max(config.training.crop, LEAST_SIDE)), (place.val, LEAST_SIDE)):
+        paths = list_images(folder)
+        for path in paths:
+            with open_image(path) as image:
+                if min(image.size) < least:
+                    raise ValueError(f"{path} must be at least {least} x {least} pixels, got {image.size}")
+        if folder == place.train and len(paths) <= config.tuning.photographs:
+            raise ValueError(f"{folder} must hold more than {config.tuning.photographs} photographs, got {len(paths)}")
 
 
 def split(place: Place, tuning: Tuning) -> tuple[list[Tensor], list[Tensor]]:
     """Photographs to train on, and the middles of evenly spaced ones that are set aside for tuning."""
     images = photographs(place.train)
-    if tuning.photographs < 1 or tuning.photographs >= len(images):
-        raise ValueError(f"tuning.photographs must be in [1, {len(images)}), got {tuning.photographs}")
     step = len(images) / tuning.photographs
     aside = {int(index * step) for index in range(tuning.photographs)}
     middles = [middle(images[i], TUNING_SIDE) for i in sorted(aside)]
@@ -246,11 +315,38 @@ def measure_gradient(config: Config, place: Place, name: str) -> None:
     sr = starting_point(degrade(gt, config.tuning.task, generator), config.tuning.task)
     spec = config.losses[name]
     ratio = gradient_ratio(peers.build(spec.type, spec.options, place.device), gt, sr)
-    write_json(gradient_file(place.out, name), {"loss": name, "gradient_ratio": ratio, **provenance(place.device)})
+    found = {"loss": name, "gradient_ratio": ratio, "settings": gradient_settings(config, place, name)}
+    write_json(gradient_file(place.out, name), {**found, **provenance(place.device)})
 
 
 def gradient_file(out: Path, name: str) -> Path:
     return out / "gradients" / f"{slug(name)}.json"
+
+
+def gradient_settings(config: Config, place: Place, name: str) -> dict[str, Any]:
+    """What a `gradient_ratio` is only good for."""
+    tuning = config.tuning
+    found = {"task": tuning.task, "crop": config.training.crop, "tuning_photographs": tuning.photographs}
+    return {**found, "train": digest(place.train), **loss_settings(config, name)}
+
+
+def loss_settings(config: Config, name: str) -> dict[str, Any]:
+    """What a loss is: its options, and for ours the coefficients and the network that they stand for."""
+    spec = config.losses.get(name)
+    if spec is None:
+        return {"type": None, "options": {}}
+    found: dict[str, Any] = {"type": spec.type, "options": dict(spec.options)}
+    if spec.type in OURS:
+        found["inn"] = checkpoints.load(spec.options.get("inn", "bundled")).sha256
+        found["coefficients"] = peers.coefficients(spec.options) if spec.type == "MGHFLoss" else {}
+    return found
+
+
+@cache
+def digest(folder: Path) -> str:
+    """Of the names and sizes of the images below `folder`: whether they are the same, without reading them all."""
+    files = [f"{path.relative_to(folder).as_posix()} {path.stat().st_size}" for path in list_images(folder)]
+    return hashlib.sha256("\n".join(files).encode()).hexdigest()[:16]
 
 
 # One run.
@@ -352,14 +448,13 @@ def load_model(run: Run, out: Path) -> nn.Module:
 
 def settings(config: Config, place: Place, run: Run) -> dict[str, Any]:
     """What a result is only good for: stored with it, compared before it is used again."""
-    spec = config.losses.get(run.loss)
     return {
-        "train": place.train.name,
-        "val": place.val.name,
+        "train": digest(place.train),
+        "val": digest(place.val),
         **{each.name: getattr(config.training, each.name) for each in fields(Training)},
         "tuning_photographs": config.tuning.photographs,
-        "type": None if spec is None else spec.type,
-        "options": {} if spec is None else dict(spec.options),
+        "factor": run.factor,
+        **loss_settings(config, run.loss),
     }
 
 
@@ -369,15 +464,14 @@ def is_sweep(config: Config, run: Run) -> bool:
     return (run.model, run.task, run.seed, run.adversarial) == (tuning.model, tuning.task, tuning.seed, False)
 
 
-def finished(config: Config, place: Place, run: Run) -> bool:
-    """Whether the result of `run` is there; raises where it is of other settings."""
-    path = run.file(place.out)
+def finished(path: Path, now: Mapping[str, Any]) -> bool:
+    """Whether the result at `path` is there; raises where it is of other settings."""
     if not path.exists():
         return False
-    stored, now = read_json(path)["settings"], settings(config, place, run)
-    changed = sorted(key for key in now if stored.get(key) != now[key])
+    stored = read_json(path)["settings"]
+    changed = sorted(key for key in {*now, *stored} if stored.get(key) != now.get(key))
     if changed:
-        raise SystemExit(f"{path} is of another comparison (different: {', '.join(changed)}); choose another --out")
+        raise ValueError(f"{path} is of another comparison (different: {', '.join(changed)}); choose another --out")
     return True
 
 
@@ -385,16 +479,30 @@ def finished(config: Config, place: Place, run: Run) -> bool:
 
 
 def available(config: Config, place: Place) -> list[str]:
-    """Losses that can be built; the others are printed, and kept in skipped.json, with the reason."""
-    reasons = {}
+    """Losses that can be had, each tried on a pair of crops; the others are printed, and kept with the reason."""
+    reasons: dict[str, str] = {}
+    gt = torch.rand(1, 3, config.training.crop, config.training.crop, generator=torch.Generator().manual_seed(0))
     for name, spec in config.losses.items():
         try:
-            peers.build(spec.type, spec.options, "cpu")
+            sr = (0.9 * gt).requires_grad_()
+            peers.build(spec.type, spec.options, "cpu")(sr, gt, torch.Generator()).backward()
         except Exception as error:  # a peer may fail in any way
             reasons[name] = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-            print(f"skipped {name}: {reasons[name]}", flush=True)
+    for name in config.losses:
+        source = factor_source(config, name)
+        if name not in reasons and source in reasons:
+            reasons[name] = f"its factor is that of {source}, which was skipped"
+    for name, reason in reasons.items():
+        print(f"skipped {name}: {reason}", flush=True)
     write_json(place.out / "skipped.json", reasons)
     return [name for name in config.losses if name not in reasons]
+
+
+def factor_source(config: Config, name: str) -> str:
+    """The loss whose factor `name` has: itself, or the end of its chain of `factor_of`."""
+    while (source := config.losses[name].factor_of) is not None:
+        name = source
+    return name
 
 
 def tuned(config: Config) -> list[str]:
@@ -419,8 +527,10 @@ def pixel_run(config: Config) -> Run:
 def perception_score(result: Mapping[str, float], pixel: Mapping[str, float]) -> float:
     """Mean of log(measure / measure of L1) over what of `PERCEPTION` was measured: less is better, L1 has 0."""
     measures = [name for name in PERCEPTION if name in result and name in pixel]
-    if not measures:
-        raise SystemExit(f"none of {', '.join(PERCEPTION)} could be measured: no factor can be chosen")
+    if not measures or "psnr" not in result:
+        raise ValueError(
+            f"psnr and one of {', '.join(PERCEPTION)} must be measured to choose a factor: see what was left out"
+        )
     least = 1e-6  # an unbiased KID may be below 0
     ratios = [max(result[name], least) / max(pixel[name], least) for name in measures]
     return sum(map(math.log, ratios)) / len(ratios)
@@ -428,7 +538,9 @@ def perception_score(result: Mapping[str, float], pixel: Mapping[str, float]) ->
 
 def choose(config: Config, out: Path, name: str) -> tuple[float, list[dict[str, Any]]]:
     """The factor of a loss by the tuning photographs, and a row for each one that was tried."""
-    pixel = read_json(pixel_run(config).file(out))["tuning"]
+    pixel = read_json(pixel_run(config).file(out)).get("tuning")
+    if pixel is None:
+        raise ValueError(f"{PIXEL} alone diverged: there is nothing to compare with; lower training.learning_rate")
     rows = []
     for ratio, run in sweep_runs(config, out, name).items():
         result = read_json(run.file(out)).get("tuning")
@@ -450,13 +562,11 @@ def choose(config: Config, out: Path, name: str) -> tuple[float, list[dict[str, 
 
 def factors(config: Config, out: Path, names: Sequence[str]) -> dict[str, float]:
     """The factor of every loss of `names`, and of L1."""
-    result = {PIXEL: 0.0, **{name: choose(config, out, name)[0] for name in tuned(config) if name in names}}
+    result = {PIXEL: 0.0}
     for name in names:
-        spec = config.losses[name]
-        if spec.factor is not None:
-            result[name] = spec.factor
-        elif spec.factor_of in result:
-            result[name] = result[spec.factor_of]
+        source = factor_source(config, name)
+        fixed = config.losses[source].factor
+        result[name] = choose(config, out, source)[0] if fixed is None else fixed
     return result
 
 
@@ -474,12 +584,16 @@ def grid_runs(grid: Grid, factor: Mapping[str, float]) -> list[Run]:
 
 def run_config(config: Config, place: Place, workers: int, only: Sequence[str] = ()) -> None:
     """Do all stages; what is finished is not done again."""
+    unknown = sorted(set(only) - {grid.name for grid in config.grids})
+    if unknown:
+        raise ValueError(f"--only: unknown grids {unknown}, known are {[grid.name for grid in config.grids]}")
+    check_place(config, place)
     names = available(config, place)
     sweep = [name for name in tuned(config) if name in names]
     gradients = {
         name: partial(measure_gradient, config, place, name)
         for name in sweep
-        if not gradient_file(place.out, name).exists()
+        if not finished(gradient_file(place.out, name), gradient_settings(config, place, name))
     }
     run_all(gradients, workers, "gradients")
 
@@ -487,7 +601,7 @@ def run_config(config: Config, place: Place, workers: int, only: Sequence[str] =
         jobs = {
             run.name: partial(train_and_judge, config, place, run)
             for run in dict.fromkeys(runs)
-            if not finished(config, place, run)
+            if not finished(run.file(place.out), settings(config, place, run))
         }
         run_all(jobs, workers, title)
 
@@ -503,13 +617,23 @@ def run_config(config: Config, place: Place, workers: int, only: Sequence[str] =
 
 
 def judge_folders(sr_folder: Path, gt_folder: Path, name: str, csv: Path | None) -> None:
-    """Judge the images of any model: files of equal names (the suffix does not count) in two folders."""
-    gts = {path.stem: path for path in list_images(gt_folder)}
-    srs = {path.stem: path for path in list_images(sr_folder)}
-    if not gts or set(gts) != set(srs):
+    """Judge the images of any model: files of equal paths (the suffix does not count) in two folders."""
+
+    def by_name(folder: Path) -> dict[str, Path]:
+        paths = list_images(folder)
+        names = [path.relative_to(folder).with_suffix("").as_posix() for path in paths]
+        twice = sorted({each for each in names if names.count(each) > 1})
+        if twice:
+            raise ValueError(f"{folder} holds images that differ in their suffix only: {twice[:5]}")
+        return dict(zip(names, paths, strict=True))
+
+    srs, gts = by_name(sr_folder), by_name(gt_folder)
+    if set(gts) != set(srs):
         only_one = sorted(set(gts) ^ set(srs))
-        raise SystemExit(f"{sr_folder} and {gt_folder} must hold images of the same names, only one has {only_one[:5]}")
-    scores = judge([read_image(srs[stem]) for stem in gts], [read_image(path) for path in gts.values()])
+        raise ValueError(f"{sr_folder} and {gt_folder} must hold images of the same names, only one has {only_one[:5]}")
+    if csv is not None:
+        csv.parent.mkdir(parents=True, exist_ok=True)
+    scores = judge([read_image(srs[each]) for each in gts], [read_image(path) for path in gts.values()])
     row = {"model": name, "images": len(gts), **scores, **provenance("cpu")}
     print(format_table([{"metric": key, "value": value} for key, value in scores.items()]))
     if csv is not None:
@@ -543,13 +667,20 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
+    try:
+        run_command(arguments)
+    except (ValueError, OSError, RuntimeError) as error:
+        raise SystemExit(f"quality.py: error: {' '.join(str(error).split())}") from error
+    except KeyboardInterrupt:
+        print("\nquality.py: interrupted; the same command goes on", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def run_command(arguments: argparse.Namespace) -> None:
     if arguments.command == "judge":
         judge_folders(arguments.sr, arguments.gt, arguments.name, arguments.csv)
         return
-    try:
-        config = read_config(arguments.config)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"quality.py: {error}") from error
+    config = read_config(arguments.config)
     if arguments.command == "report":
         from quality_report import write_report
 

@@ -21,6 +21,7 @@ from quality import (
     gradient_file,
     grid_runs,
     load_model,
+    loss_settings,
     pixel_run,
     restore,
     sweep_runs,
@@ -39,67 +40,118 @@ ARROWS = {"higher": "↑", "lower": "↓", "one": "→1"}
 FRONT_METRICS = ("niqe", "kid", "frechet", "spectrum_error", "clipiqa", "musiq")
 MOST_CHANGE = 0.2  # of a matrix's colours
 CROP, CROP_STRIDE = 96, 32
-CROP_PHOTOGRAPHS = ("chelsea", "coffee", "astronaut", "rocket", "stereo_motorcycle")
+CROP_PHOTOGRAPHS = ("astronaut", "rocket", "stereo_motorcycle")
+# What a loss of this type minimises itself, or in the same network: no judge of it.
+CIRCULAR = {
+    "ssim": {"ssim", "ms_ssim"},
+    "ms-ssim": {"ssim", "ms_ssim"},
+    "efficientnet": {"feature_distance", "kid", "frechet"},
+    "lpips": {"lpips"},
+    "dists": {"dists"},
+}
+CIRCLE = "°"
 
 
 def write_report(config: Config, out: Path, csv: Path, figures: Path | None = None) -> None:
     """Write the table of all runs, OUT/report.md and the figures; say what is missing."""
+    results = load_results(out)
+    check_settings(config, results)
+    skipped = read_json(out / "skipped.json")
+    available = [name for name in config.losses if name not in skipped]
+    sweep = [name for name in tuned(config) if name in available]
+    if not sweep_is_finished(config, out, sweep):
+        raise ValueError(f"the sweep below {out} is not finished: no factor is chosen yet")
+    factor = factors(config, out, available)
+    csv.parent.mkdir(parents=True, exist_ok=True)
+    write_table(csv, rows_of_runs(results, out, factor))
+
+    text = [
+        describe_runs(config, results),
+        *missing_metrics(results),
+        *(f"Skipped: {name} ({reason})." for name, reason in skipped.items()),
+    ]
+    choices = [row for name in sweep for row in choose(config, out, name)[1]]
+    if choices:
+        text.append("## Choice of the factors\n\n" + markdown([describe_choice(row, config) for row in choices]))
     figures = figures or out
     figures.mkdir(parents=True, exist_ok=True)
-    skipped = read_json(out / "skipped.json")
-    sweep = [name for name in tuned(config) if name not in skipped]
-    if not all(run.file(out).exists() for name in sweep for run in sweep_runs(config, out, name).values()):
-        raise SystemExit(f"the sweep below {out} is not finished: no factor is chosen yet")
-    factor = factors(config, out, [name for name in config.losses if name not in skipped])
-    results = load_results(out)
-    text = [
-        f"{config.training.steps} steps of {config.training.batch} x {config.training.crop}²; "
-        f"{', '.join(sorted({result['device'] for result in results.values()}))}; "
-        f"PyTorch {', '.join(sorted({result['torch'] for result in results.values()}))}; "
-        f"{min(result['date'] for result in results.values())}.",
-    ]
-    unmeasured = [name for name in METRICS if not any(name in result["val"] for result in results.values())]
-    if unmeasured:
-        text.append(f"Not measured, weights or package missing: {', '.join(unmeasured)}.")
-    text += [f"Skipped: {name} ({reason})." for name, reason in skipped.items()]
-
-    choices = [row for name in sweep for row in choose(config, out, name)[1]]
-    text.append("## Choice of the factors\n\n" + markdown([describe_choice(row) for row in choices]))
     for grid in config.grids:
         for model in grid.models:
             for task in grid.tasks:
                 of_task = [run for run in grid_runs(grid, factor) if (run.model, run.task) == (model, task)]
-                summary = summarise(of_task, out, results)
+                summary = summarise(of_task, results, out)
                 title = f"{grid.name}: {model}, {task}"
-                missing = len([run for run in of_task if run.file(out) not in results])
-                note = f"\n\n{missing} of {len(of_task)} runs are not finished." if missing else ""
                 if not summary:
                     text.append(f"## {title}\n\nNot run.")
                     continue
-                text.append(f"## {title}\n\n{markdown(summary_table(summary))}{note}\n\n{fronts(summary)}")
-                plot_matrix(figures / f"quality-{slug(title)}.png", title, summary, grid.reference)
-    plot_curves(figures / "quality-curves.png", config, out, results, factor)
-    compared = [name for name in ("EfficientNet", "MGHF-n", "MGHF-c") if name in factor]
-    if pixel_run(config).file(out) in results and compared:
-        plot_crops(figures / "quality-crops.png", config, out, factor, compared)
+                notes = [markdown(summary_table(summary, config)), *fronts(summary, config)]
+                missing = len([run for run in of_task if run.file(out) not in results])
+                if missing:
+                    notes.insert(1, f"{missing} of {len(of_task)} runs are not finished.")
+                if (model, task, grid.adversarial) != (config.tuning.model, config.tuning.task, False):
+                    notes.insert(1, f"The factors are those chosen for {config.tuning.model}, {config.tuning.task}.")
+                text.append(f"## {title}\n\n" + "\n\n".join(notes))
+                plot_matrix(figures / f"quality-{slug(title)}.png", title, summary, grid.reference, config)
     report = "\n\n".join(text) + "\n"
     write_atomically(out / "report.md", lambda temporary: temporary.write_text(report, "utf-8"))
-    csv.parent.mkdir(parents=True, exist_ok=True)
-    write_table(csv, rows_of_runs(config, out, results, factor))
+    if sweep:
+        plot_curves(figures / "quality-curves.png", config, out, results, factor)
+    plot_crops(figures / "quality-crops.png", config, out, factor)
     print(report)
     print(f"wrote {csv}, {out / 'report.md'} and figures in {figures}")
+
+
+def sweep_is_finished(config: Config, out: Path, sweep: Sequence[str]) -> bool:
+    """Whether every factor can be chosen."""
+    if not all(gradient_file(out, name).exists() for name in sweep):
+        return False
+    runs = [run for name in sweep for run in sweep_runs(config, out, name).values()]
+    return not sweep or all(run.file(out).exists() for run in (pixel_run(config), *runs))
+
+
+def describe_runs(config: Config, results: Mapping[Path, Mapping[str, Any]]) -> str:
+    """What all runs have in common, where and when they ran, how the tables are to be read."""
+    training = config.training
+    devices, versions, dates = (
+        sorted({result[key] for result in results.values()}) for key in ("device", "torch", "date")
+    )
+    return (
+        f"{training.steps} steps of {training.batch} x {training.crop}²; {', '.join(devices)}; "
+        f"PyTorch {', '.join(versions)}; {', '.join(dates)}. Mean ± half the range over seeds. "
+        f"{CIRCLE}: the loss minimises this measure, or another in the same network."
+    )
+
+
+def check_settings(config: Config, results: Mapping[Path, Mapping[str, Any]]) -> None:
+    """Raise where a result is not of this configuration (photographs aside, which only `run` sees)."""
+    for path, result in results.items():
+        now = {each.name: getattr(config.training, each.name) for each in fields(Training)}
+        if result["loss"] in config.losses:
+            now |= loss_settings(config, result["loss"])
+        changed = sorted(key for key, value in now.items() if result["settings"].get(key) != value)
+        if changed:
+            raise ValueError(f"{path} is of another configuration (different: {', '.join(changed)})")
+
+
+def missing_metrics(results: Mapping[Path, Mapping[str, Any]]) -> list[str]:
+    """A line for what no run has, and one for what only some have."""
+    measured = [result["val"] for result in results.values() if "failure" not in result]
+    nowhere = [name for name in METRICS if not any(name in values for values in measured)]
+    partly = [name for name in METRICS if name not in nowhere and not all(name in values for values in measured)]
+    lines = [f"Not measured, weights or package missing: {', '.join(nowhere)}."] if nowhere else []
+    return [*lines, *([f"Measured in some runs only: {', '.join(partly)}."] if partly else [])]
 
 
 def load_results(out: Path) -> dict[Path, dict[str, Any]]:
     """The finished runs below `out`, by file."""
     results = {path: read_json(path) for path in sorted((out / "runs").glob("*.json"))}
     if not results:
-        raise SystemExit(f"no finished run below {out}")
+        raise ValueError(f"no finished run below {out}")
     return results
 
 
 def rows_of_runs(
-    config: Config, out: Path, results: Mapping[Path, Mapping[str, Any]], factor: Mapping[str, float]
+    results: Mapping[Path, Mapping[str, Any]], out: Path, factor: Mapping[str, float]
 ) -> list[dict[str, Any]]:
     """One row a run, in equal columns."""
     rows = []
@@ -128,19 +180,17 @@ def rows_of_runs(
     return rows
 
 
-def summarise(runs: Sequence[Run], out: Path, results: Mapping[Path, Mapping[str, Any]]) -> Summary:
+def summarise(runs: Sequence[Run], results: Mapping[Path, Mapping[str, Any]], out: Path) -> Summary:
     """Mean and half the range over the seeds that are finished; a loss that diverged with any seed has no figures."""
     summary: Summary = {}
     for loss in dict.fromkeys(run.loss for run in runs):
-        found = [results[run.file(out)] for run in runs if run.loss == loss and run.file(out) in results]
-        if not found:
-            continue
-        values = [result["val"] for result in found]
-        summary[loss] = {
-            name: spread([value[name] for value in values])
-            for name in METRICS
-            if all(name in value for value in values)
-        }
+        values = [results[run.file(out)]["val"] for run in runs if run.loss == loss and run.file(out) in results]
+        if values:
+            summary[loss] = {
+                name: spread([value[name] for value in values])
+                for name in METRICS
+                if all(name in value for value in values)
+            }
     return summary
 
 
@@ -149,33 +199,45 @@ def measured(summary: Summary) -> list[str]:
     return [name for name in METRICS if any(name in metrics for metrics in summary.values())]
 
 
-def figure_text(mean: float, half: float) -> str:
-    return f"{mean:.4g}" + (f" ± {half:.2g}" if half else "")
+def is_circular(loss: str, metric: str, config: Config) -> bool:
+    """Whether a loss minimises what the metric measures."""
+    spec = config.losses.get(loss)
+    return spec is not None and metric in CIRCULAR.get(spec.type, ())
 
 
-def summary_table(summary: Summary) -> list[dict[str, str]]:
+def figure_text(summary: Summary, loss: str, metric: str, config: Config) -> str:
+    """A cell: mean, half the range, and whether the loss is judged by itself."""
+    if not summary[loss]:
+        return "diverged"
+    if metric not in summary[loss]:
+        return "not measured"
+    mean, half = summary[loss][metric]
+    circle = CIRCLE if is_circular(loss, metric, config) else ""
+    return f"{mean:.4g}" + (f" ± {half:.2g}" if half else "") + circle
+
+
+def summary_table(summary: Summary, config: Config) -> list[dict[str, str]]:
     return [
         {
             "loss": loss,
             **{
-                f"{name.replace('_', ' ')} {ARROWS[METRICS[name]]}": figure_text(*metrics[name])
-                if name in metrics
-                else "diverged"
+                f"{name.replace('_', ' ')} {ARROWS[METRICS[name]]}": figure_text(summary, loss, name, config)
                 for name in measured(summary)
             },
         }
-        for loss, metrics in summary.items()
+        for loss in summary
     ]
 
 
-def describe_choice(row: Mapping[str, Any]) -> dict[str, str]:
+def describe_choice(row: Mapping[str, Any], config: Config) -> dict[str, str]:
+    at_the_end = row["ratio"] in (min(config.tuning.ratios), max(config.tuning.ratios))
     return {
         "loss": row["loss"],
         "ratio": f"{row['ratio']:g}",
         "factor": f"{row['factor']:.3g}",
         "PSNR against L1, dB": f"{row['psnr_change']:+.2f}",
         "score": f"{row['score']:+.3f}",
-        "chosen": "yes" if row["chosen"] else "",
+        "chosen": ("yes, at the end of the range" if at_the_end else "yes") if row["chosen"] else "",
     }
 
 
@@ -190,12 +252,12 @@ def badness(metric: str, value: float) -> float:
     return {"higher": -value, "lower": value, "one": abs(value - 1)}[METRICS[metric]]
 
 
-def front(summary: Summary, metric: str) -> list[str]:
-    """Losses that no other beats in both PSNR and `metric`, by their means."""
+def front(summary: Summary, metric: str, config: Config) -> list[str]:
+    """Losses than which no other's means are as good in PSNR and in `metric`; those judged by themselves left out."""
     points = {
         loss: (badness("psnr", metrics["psnr"][0]), badness(metric, metrics[metric][0]))
         for loss, metrics in summary.items()
-        if metric in metrics
+        if metric in metrics and "psnr" in metrics and not is_circular(loss, metric, config)
     }
     return [
         loss
@@ -204,16 +266,17 @@ def front(summary: Summary, metric: str) -> list[str]:
     ]
 
 
-def fronts(summary: Summary) -> str:
-    """A line for each perception metric."""
+def fronts(summary: Summary, config: Config) -> list[str]:
+    """A list with a line for each perception metric, or nothing where a front would be of one loss."""
     metrics = [name for name in FRONT_METRICS if name in measured(summary)]
-    return "\n".join(
-        f"- Front of PSNR and {name.replace('_', ' ')}: {', '.join(front(summary, name))}" for name in metrics
-    )
+    lines = [
+        f"- Front of PSNR and {name.replace('_', ' ')}: {', '.join(front(summary, name, config))}" for name in metrics
+    ]
+    return ["\n".join(lines)] if lines and len(summary) > 1 else []
 
 
-def plot_matrix(path: Path, title: str, summary: Summary, reference: str) -> None:
-    """Every figure of a table, coloured by how much better or worse than the reference's it is."""
+def plot_matrix(path: Path, title: str, summary: Summary, reference: str, config: Config) -> None:
+    """Every figure of a table, coloured by how much better or worse than the reference's it is, where that is there."""
     from matplotlib import pyplot as plt
 
     metrics, losses = measured(summary), list(summary)
@@ -227,12 +290,15 @@ def plot_matrix(path: Path, title: str, summary: Summary, reference: str) -> Non
     shown = axis.imshow(changes, cmap="PiYG", vmin=-MOST_CHANGE, vmax=MOST_CHANGE, aspect="auto")
     for row, loss in enumerate(losses):
         for column, metric in enumerate(metrics):
-            text = figure_text(*summary[loss][metric]) if metric in summary[loss] else "diverged"
+            text = figure_text(summary, loss, metric, config)
             axis.text(column, row, text, ha="center", va="center", fontsize=7)
     axis.set_xticks(range(len(metrics)), [f"{name.replace('_', ' ')} {ARROWS[METRICS[name]]}" for name in metrics])
     axis.tick_params(axis="x", labelrotation=30, labelsize=8, bottom=False, top=True, labelbottom=False, labeltop=True)
     axis.set_yticks(range(len(losses)), losses, fontsize=8)
-    axis.set_title(f"{title}; green is better than {reference}", fontsize=9)
+    known = (
+        f"green is better than {reference}" if summary.get(reference) else f"{reference} is not there to compare with"
+    )
+    axis.set_title(f"{title}; {known}; {CIRCLE} judged by itself", fontsize=9)
     bar = figure.colorbar(shown, ax=axis, shrink=0.9)
     bar.ax.yaxis.set_major_formatter(lambda value, _: f"{value:+.0%}")
     save(figure, path)
@@ -255,9 +321,13 @@ def plot_curves(
     figure, axes = plt.subplots(rows, columns, figsize=(6.2 * columns, 4.8 * rows), layout="constrained", squeeze=False)
     names = [name for name in tuned(config) if name in factor]
     chosen_grid = Grid("", (PIXEL, *names), (config.tuning.model,), (config.tuning.task,), all_seeds(config))
-    summary = summarise(grid_runs(chosen_grid, factor), out, results)
+    summary = summarise(grid_runs(chosen_grid, factor), results, out)
+    fixed = [name for name, spec in config.losses.items() if spec.factor is not None and name in factor]
+    fixed_grid = Grid("", tuple(fixed), (config.tuning.model,), (config.tuning.task,), all_seeds(config))
+    fixed_summary = summarise(grid_runs(fixed_grid, factor), results, out)
     for axis, metric in zip(axes.flat, panels, strict=False):
-        axis.plot(pixel["psnr"], pixel[metric], "k*", markersize=13, label=PIXEL, zorder=5)
+        (x, dx), (y, dy) = summary[PIXEL]["psnr"], summary[PIXEL][metric]
+        axis.errorbar(x, y, dy, dx, fmt="k*", markersize=13, capsize=3, label=PIXEL, zorder=5)
         for index, name in enumerate(names):
             ours = name.startswith("MGHF")
             values = [results[run.file(out)]["val"] for run in sweep_runs(config, out, name).values()]
@@ -267,6 +337,10 @@ def plot_curves(
             if metric in summary.get(name, {}):
                 (x, dx), (y, dy) = summary[name]["psnr"], summary[name][metric]
                 axis.errorbar(x, y, dy, dx, fmt="o", color=f"C{index}", markersize=8, capsize=3, zorder=6)
+        for index, (name, metrics) in enumerate(fixed_summary.items()):
+            if metric in metrics:
+                (x, dx), (y, dy) = metrics["psnr"], metrics[metric]
+                axis.errorbar(x, y, dy, dx, fmt="sD^v"[index % 4], color="black", capsize=3, label=name, zorder=7)
         axis.set_xlabel("PSNR in dB (more is better)")
         axis.set_ylabel(f"{metric.replace('_', ' ')} {ARROWS[METRICS[metric]]}")
         axis.grid(alpha=0.3)
@@ -286,20 +360,25 @@ def all_seeds(config: Config) -> tuple[int, ...]:
 
 
 @torch.no_grad()
-def plot_crops(path: Path, config: Config, out: Path, factor: Mapping[str, float], losses: Sequence[str]) -> None:
-    """Where the last of `losses` gains and where it fails, by HaarPSI against L1: three windows of each kind.
+def plot_crops(path: Path, config: Config, out: Path, factor: Mapping[str, float]) -> None:
+    """Where the last of our losses gains and where it fails, by HaarPSI against L1: three windows of each kind.
 
-    The photographs are scikit-image's, which no model was trained on. Of each photograph the window of the largest
-    gain and that of the largest loss are candidates.
+    Models of the tuning seed, as far as they are there. The photographs are scikit-image's: no model of quality.py is
+    trained on them (`mghf-loss demo`, with which our default coefficients were set, trains on them). Of each photograph
+    the window of the largest gain and that of the largest loss are candidates.
     """
     import piq
     from matplotlib import pyplot as plt
 
     tuning = config.tuning
-    runs = {PIXEL: pixel_run(config)} | {
-        name: Run(tuning.model, tuning.task, name, tuning.seed, factor[name]) for name in losses
-    }
-    models = {name: load_model(run, out) for name, run in runs.items()}
+    shown = [name for name in (PIXEL, "EfficientNet", "MGHF-n", "MGHF-c") if name in factor]
+    runs = {name: Run(tuning.model, tuning.task, name, tuning.seed, factor[name]) for name in shown}
+    there = {name: run for name, run in runs.items() if run.file(out).with_suffix(".safetensors").exists()}
+    losses = [name for name in there if name != PIXEL]
+    if PIXEL not in there or not losses:
+        print(f"left out {path.name}: the models of seed {tuning.seed} are not there")
+        return
+    models = {name: load_model(run, out) for name, run in there.items()}
     windows: list[tuple[float, dict[str, Tensor]]] = []
     for index, name in enumerate(CROP_PHOTOGRAPHS):
         gt = photograph(name)

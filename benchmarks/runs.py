@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import statistics
 import threading
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from datetime import datetime, timezone
 from functools import cache
-from multiprocessing import current_process, get_context, parent_process
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 
@@ -89,10 +90,16 @@ def spread(values: list[float]) -> tuple[float, float]:
     return statistics.mean(values), (max(values) - min(values)) / 2
 
 
-def start_worker(bars: Any) -> None:
-    """One thread a worker, which ends with its parent, even a killed one; `bars` keeps its progress bar's line."""
+_line = 1  # of this worker's progress bar
+
+
+def start_worker(lines: Any, bars: Any) -> None:
+    """One thread a worker, which ends with its parent, even a killed one; a line of `lines` for its progress bar."""
+    global _line
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends its workers
     torch.set_num_threads(1)
     tqdm.set_lock(bars)
+    _line = lines.get()
     parent = parent_process()
     assert parent is not None
 
@@ -105,8 +112,7 @@ def start_worker(bars: Any) -> None:
 
 def steps_bar(steps: int, title: str) -> tqdm[int]:
     """Progress of one run, on a line of its own below that of all runs; nothing where there is no terminal."""
-    worker = current_process()._identity or (1,)  # numbered from 1 by the pool
-    return tqdm(range(steps), desc=title, unit="step", position=worker[-1], leave=False, disable=None)
+    return tqdm(range(steps), desc=title, unit="step", position=_line, leave=False, disable=None)
 
 
 def run_all(jobs: dict[str, Callable[[], None]], workers: int, title: str) -> None:
@@ -114,7 +120,10 @@ def run_all(jobs: dict[str, Callable[[], None]], workers: int, title: str) -> No
     if not jobs:
         return
     context = get_context("spawn")
-    with ProcessPoolExecutor(workers, context, start_worker, (context.RLock(),)) as pool:
+    lines = context.Queue()
+    for line in range(1, workers + 1):
+        lines.put(line)
+    with ProcessPoolExecutor(workers, context, start_worker, (lines, context.RLock())) as pool:
         futures = {pool.submit(job): label for label, job in jobs.items()}
         try:
             for future in tqdm(as_completed(futures), total=len(futures), desc=title, unit="run"):
@@ -123,5 +132,8 @@ def run_all(jobs: dict[str, Callable[[], None]], workers: int, title: str) -> No
                 except Exception as error:
                     raise RuntimeError(f"{futures[future]} failed: {error}") from error
         except BaseException:
+            workers_now = list((pool._processes or {}).values())
             pool.shutdown(wait=False, cancel_futures=True)
+            for worker in workers_now:  # results are whole or not there: nothing is lost but the runs in progress
+                worker.terminate()
             raise

@@ -130,6 +130,10 @@ def test_niqe_prefers_a_photograph_to_its_blur():
     image = torch.from_numpy(data.chelsea()).permute(2, 0, 1)[None].float() / 255
     sharp, blurred = metrics.niqe([image]), metrics.niqe([blur(image)])
     assert 0 < sharp < blurred
+    white = torch.ones_like(image)
+    assert metrics.niqe([image, white]) == sharp  # white has no NIQE
+    with pytest.raises(metrics.UnavailableError, match="no image has two blocks"):
+        metrics.niqe([white])
     assert metrics.niqe([image, blur(image)]) == pytest.approx((sharp + blurred) / 2)
 
 
@@ -188,6 +192,7 @@ class FakePyiqa:
             return torch.full((1, 1), 0.5) if gt is None else (sr - gt).abs().mean()
 
         metric.metric_mode = "NR" if name == "clipiqa" else "FR"
+        metric.lower_better = name != "clipiqa"
         return metric
 
 

@@ -51,11 +51,12 @@ photographs = 1
 SSIM = { type = "ssim" }
 MGHF-n = { type = "MGHFnLoss" }
 "no style" = { type = "MGHFLoss", options = { times = { style = 0 } }, factor = 0.05 }
-broken = { type = "MGHFLoss", options = { inn = "no/such/folder" } }
+broken = { type = "MGHFLoss", options = { inn = "no/such/folder" }, factor = 1 }
+"like broken" = { type = "MGHFLoss", factor_of = "broken" }
 
 [[grid]]
 name = "losses"
-losses = ["L1", "SSIM", "MGHF-n", "no style", "broken"]
+losses = ["L1", "SSIM", "MGHF-n", "no style", "broken", "like broken"]
 """
 
 
@@ -179,8 +180,21 @@ def test_mghf_takes_multiples_of_its_defaults():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (("steps = 20", "steps = 5"), "training.steps must be at least 20, got 5"),
-        (("batch = 2", "bacth = 2"), "training must be a table with keys of"),
+        (("steps = 20", "steps = 5"), "training.steps must be a whole number of at least 20, got 5"),
+        (("steps = 20", 'steps = "20"'), "training.steps must be a whole number of at least 20, got '20'"),
+        (("crop = 72", "crop = 70"), "training.crop must be a multiple of 4, got 70"),
+        (("ratios = [1, 4]", "ratios = []"), r"tuning.ratios must be a list of numbers, got \(\)"),
+        (("ratios = [1, 4]", "ratios = [-1]"), "tuning.ratios must be a number of at least 1e-09, got -1"),
+        (("factor = 0.05", 'factor = 0.05, factor_of = "SSIM"'), "has factor and factor_of"),
+        (("factor = 0.05", 'factor_of = "no style"'), "factor_of goes in a circle"),
+        (("SSIM = {", '"MGHF n" = { type = "ssim" }\nSSIM = {'), r"\['MGHF n', 'MGHF-n'\] have names that make"),
+        (("SSIM = {", 'L1 = { type = "ssim" }\nSSIM = {'), "the name is that of the pixel term alone"),
+        (('name = "losses"', 'name = "losses"\nseeds = 1'), "seeds must be a list of whole numbers, got 1"),
+        (
+            ('name = "losses"', 'name = "losses"\nmodels = ["one-step"]\ntasks = ["denoise"]'),
+            "the one-step model is for SR tasks",
+        ),
+        (("batch = 2", "bacth = 2"), r"training: unknown keys \['bacth'\], known are"),
         (('type = "ssim"', 'type = "sism"'), "losses.'SSIM'.type must be one of"),
         (('"MGHF-n", "no style"', '"MGHF-m"'), r"unknown losses \['MGHF-m'\]"),
         (("factor = 0.05", 'factor_of = "x"'), "factor_of names no loss: 'x'"),
@@ -228,6 +242,7 @@ def test_a_grid_killed_and_resumed_loses_the_run_in_progress_only(config_file, p
     resumed = finish(run)
     assert resumed.returncode == 0, resumed.stderr
     assert "skipped broken: CheckpointError" in resumed.stdout
+    assert "skipped like broken: its factor is that of broken, which was skipped" in resumed.stdout
     assert {path: path.stat().st_mtime_ns for path in before} == before
     # L1, two losses at two ratios and a fixed one; of the second seed L1 and one factor each.
     assert len(list((out / "runs").glob("*.json"))) == (1 + 2 * 2 + 1) + (1 + 2 + 1)
@@ -247,9 +262,31 @@ def test_a_grid_killed_and_resumed_loses_the_run_in_progress_only(config_file, p
     }
 
     config_file.write_text(CONFIG.replace("batch = 2", "batch = 3"))
-    changed = finish(run)
-    assert changed.returncode != 0
-    assert "is of another comparison (different: batch)" in changed.stderr
+    for command_line in (run, command("report", config_file, "--out", out)):
+        changed = finish(command_line)
+        assert changed.returncode != 0
+        assert "(different: batch)" in changed.stderr
+        assert "Traceback" not in changed.stderr
+    config_file.write_text(CONFIG)
+    (photographs / "val" / "0.png").rename(photographs / "val" / "1.png")
+    assert "(different: val)" in finish(run).stderr
+
+
+def test_an_interrupt_ends_the_workers_with_one_line(config_file, photographs):
+    out = photographs / "out"
+    run = command("run", config_file, "--train", photographs / "train", "--val", photographs / "val", "--out", out)
+    with subprocess.Popen(run, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        while not list((out / "runs").glob("*.json")):
+            assert process.poll() is None, process.stderr and process.stderr.read()
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    finished = set((out / "runs").glob("*.json"))
+    assert process.returncode == 130
+    assert "quality.py: interrupted; the same command goes on" in errors
+    assert "Traceback" not in errors
+    time.sleep(1)
+    assert set((out / "runs").glob("*.json")) == finished  # nobody goes on
 
 
 def test_two_equal_runs_train_the_same_model(config_file, photographs):
@@ -278,7 +315,10 @@ def test_a_loss_that_diverges_is_a_result(config_file, photographs, monkeypatch)
     result = json.loads(run.file(place.out).read_text())
     assert result["failure"] == "the gradient was not finite in step 0"
     assert result["val"] == {}
-    assert quality_report.summarise([run], place.out, {run.file(place.out): result}) == {"SSIM": {}}
+    summary = quality_report.summarise([run], {run.file(place.out): result}, place.out)
+    assert summary == {"SSIM": {}}
+    assert quality_report.figure_text(summary, "SSIM", "psnr", config) == "diverged"
+    assert quality_report.figure_text({"SSIM": {"psnr": (30.0, 0.0)}}, "SSIM", "niqe", config) == "not measured"
 
 
 def test_the_gradient_ratio_of_twice_l1_is_2():
@@ -306,11 +346,50 @@ def test_the_choice_takes_the_best_score_within_the_allowance(config_file, tmp_p
     assert quality.choose(config, out, "SSIM")[0] == 0.5  # none is allowed: the least
 
 
-def test_the_front_is_what_nothing_beats_in_both():
+def test_the_front_is_what_nothing_beats_in_both(config_file):
+    config = quality.read_config(config_file)
     points = {"a": (30, 5.0), "b": (29, 4.0), "c": (29, 4.5), "d": (28, 3.0), "e": (27, 3.5)}
     summary = {name: {"psnr": (psnr, 0.0), "niqe": (niqe, 0.0)} for name, (psnr, niqe) in points.items()}
-    assert quality_report.front(summary, "niqe") == ["a", "b", "d"]
+    assert quality_report.front(summary, "niqe", config) == ["a", "b", "d"]
     assert quality_report.badness("detail_energy", 1.2) == pytest.approx(0.2)
+    # A loss that is judged by itself is marked, and is on no front.
+    assert quality_report.figure_text({"SSIM": {"ssim": (0.9, 0.01)}}, "SSIM", "ssim", config) == "0.9 ± 0.01°"
+    summary = {name: {"psnr": (30.0, 0.0), "ssim": (0.9, 0.0)} for name in ("SSIM", "MGHF-n")}
+    assert quality_report.front(summary, "ssim", config) == ["MGHF-n"]
+
+
+def test_a_loss_with_a_chain_of_factors_has_that_at_its_end(config_file, tmp_path):
+    config = quality.read_config(config_file)
+    assert quality.factor_source(config, "like broken") == "broken"
+    assert quality.factors(config, tmp_path, ["like broken", "no style"]) == {
+        "L1": 0,
+        "like broken": 1,
+        "no style": 0.05,
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "CONFIG", "--train", "nowhere", "--val", "val"], "nowhere"),
+        (["run", "CONFIG", "--train", "train", "--val", "small"], "must be at least 200 x 200 pixels, got (64, 64)"),
+        (["run", "CONFIG", "--train", "val", "--val", "val"], "must hold more than 1 photographs, got 1"),
+        (["run", "CONFIG", "--train", "train", "--val", "val", "--only", "lozzes"], "unknown grids ['lozzes']"),
+        (["run", "CONFIG", "--train", "train", "--val", "val", "--device", "cuda:99"], "error"),
+        (["report", "CONFIG"], "no finished run below"),
+    ],
+)
+def test_a_mistake_is_one_line_before_anything_is_trained(photographs, config_file, monkeypatch, arguments, message):
+    monkeypatch.chdir(photographs)
+    (photographs / "small").mkdir()
+    Image.new("RGB", (64, 64)).save("small/0.png")
+    words = [str(config_file) if word == "CONFIG" else word for word in arguments]
+    wrong = finish(command(*words, "--out", "out"))
+    assert wrong.returncode == 1
+    assert wrong.stderr.splitlines()[-1].startswith("quality.py: error: ")
+    assert message in wrong.stderr
+    assert "Traceback" not in wrong.stderr
+    assert not Path("out").exists()
 
 
 def test_judging_folders_needs_equal_names(photographs):
