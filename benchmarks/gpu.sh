@@ -53,8 +53,9 @@ crossover() {
     "$python" benchmarks/ops.py --device cuda --crossover | tee "$folder/crossover.txt"
 }
 losses() {
-    "$python" benchmarks/losses.py --device cuda --batch 16 --size 256 --rounds 10 --csv "$folder/losses-gpu.csv" \
-        --only MGHFnLoss MGHFLoss "MGHFLoss dense" content "content + style" "content + patch_nce" "lpips alex" "lpips vgg"
+    "$python" benchmarks/losses.py --device cuda --batches 16 --sizes 256 --rounds 10 --csv "$folder/losses-gpu.csv" \
+        --only MGHFnLoss MGHFLoss "MGHFnLoss low memory" "MGHFLoss low memory" "MGHFLoss dense" content "content + style" \
+        "content + patch_nce" "lpips alex" "lpips vgg" "SR step"
 }
 export -f path cuda_tests checks crossover losses
 export folder python

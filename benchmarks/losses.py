@@ -1,6 +1,7 @@
-"""Cost of our losses and their peers: time, peak memory and memory saved for the backward pass.
+"""Cost of our losses and their peers over resolution and batch: time, peak and saved memory, share of an SR step.
 
-    python benchmarks/losses.py --size 128 --threads 1
+    python benchmarks/losses.py                            # 64, 128 and 256 pixels, batches of 1 and 4
+    python benchmarks/losses.py --sizes 128 --batches 1    # one setting; the table keeps the others
 
 Every loss gets the same SR and GT images in one process, and a gradient for SR. A measurement is forward and
 backward together.
@@ -12,6 +13,11 @@ backward together.
 - Peak: most bytes allocated at once during forward and backward, above what was allocated before. CUDA: the
   caching allocator's own record. CPU: torch's allocator as the profiler records it, which sees every tensor but
   not the scratch memory that oneDNN or MKL allocate by themselves.
+- Share: time of the loss over that of one training step without it, of an x4 model of EDSR-baseline's size (16 blocks
+  of 64 channels) on the images that give this GT size: forward, L1 and backward, no optimiser. It is a row too.
+
+A setting is one size and batch. Its rows replace those of the same device, threads, size and batch in the table, which
+is written after each setting; the figure is drawn from the whole table.
 
 Peers go through their public API, with random weights where pretrained ones would be downloaded: they serve for
 cost only. The two that always download, torchmetrics' LPIPS and DISTS, are built around that as the code says.
@@ -22,6 +28,7 @@ is not installed or cannot run is skipped with the reason.
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import platform
 import random
@@ -38,17 +45,24 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 from mghf_loss import DinoJSDLoss, MGHFLoss, MGHFnLoss
+from mghf_loss.checkpoints import write_atomically
+from mghf_loss.demo import SmallSR, downscale
+from mghf_loss.dino import DEFAULT_MODEL
 from mghf_loss.frozen import Frozen
+from mghf_loss.memory import Memory
 from mghf_loss.mghf import DEFAULT_COEFFICIENTS
-from mghf_loss.tables import write_table
+from mghf_loss.tables import format_table, write_table
 
 OURS = "mghf-loss"
+STEP = "SR step"
 MIB = 2**20
+MARKERS = "sD^v<>PX*hd"  # of the peers
 
 
 def mean_value(loss: nn.Module, sr: Tensor, gt: Tensor) -> Tensor:
@@ -74,11 +88,11 @@ def content_and(inn: str, *terms: str) -> nn.Module:
     return MGHFLoss({name: 0.0 for name in DEFAULT_COEFFICIENTS if name not in {"content", *terms}}, inn=inn)
 
 
-def dino() -> nn.Module:
+def dino(memory: Memory = "normal") -> nn.Module:
     import timm
 
-    name = "vit_small_patch14_dinov2.lvd142m"
-    return DinoJSDLoss(timm.create_model(name, pretrained=False, dynamic_img_size=True, num_classes=0))
+    network = timm.create_model(DEFAULT_MODEL, pretrained=False, dynamic_img_size=True, num_classes=0)
+    return DinoJSDLoss(network, memory=memory)
 
 
 def lpips(net: str) -> nn.Module:
@@ -130,6 +144,18 @@ def focal_frequency() -> nn.Module:
     return FocalFrequencyLoss()
 
 
+class StepOfEDSR(nn.Module):
+    """One training step of an x4 model, as a loss of (anything, gt) with gradients to the model's parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = SmallSR(width=64, blocks=16)
+
+    def forward(self, sr: Tensor, gt: Tensor) -> Tensor:
+        """L1 of the model's output; `sr` is only there for the gradient that every loss is asked for."""
+        return F.l1_loss(self.model(downscale(gt)), gt) + 0 * sr.sum()
+
+
 @dataclass(frozen=True)
 class Entry:
     """A loss to measure: the distribution that it comes from, how it is built and how it is called."""
@@ -143,12 +169,15 @@ def entries(inn: str) -> dict[str, Entry]:
     return {
         "MGHFnLoss": Entry(OURS, partial(MGHFnLoss, inn=inn)),
         "MGHFLoss": Entry(OURS, partial(MGHFLoss, inn=inn)),
+        "MGHFnLoss low memory": Entry(OURS, partial(MGHFnLoss, inn=inn, memory="low")),
+        "MGHFLoss low memory": Entry(OURS, partial(MGHFLoss, inn=inn, memory="low")),
         "MGHFLoss dense": Entry(OURS, partial(MGHFLoss, inn=inn, patches=None)),
         "content": Entry(OURS, partial(content_and, inn)),
         "content + style": Entry(OURS, partial(content_and, inn, "style")),
         "content + correlation": Entry(OURS, partial(content_and, inn, "correlation")),
         "content + patch_nce": Entry(OURS, partial(content_and, inn, "patch_nce")),
         "DinoJSDLoss": Entry(OURS, dino),
+        "DinoJSDLoss low memory": Entry(OURS, partial(dino, memory="low")),
         "lpips alex": Entry("lpips", partial(lpips, "alex"), on_unit_range),
         "lpips vgg": Entry("lpips", partial(lpips, "vgg"), on_unit_range),
         "lpips squeeze": Entry("lpips", partial(lpips, "squeeze"), on_unit_range),
@@ -160,6 +189,7 @@ def entries(inn: str) -> dict[str, Entry]:
         "pytorch-msssim MS-SSIM": Entry("pytorch-msssim", partial(ssim, "MS_SSIM"), one_minus),
         "kornia SSIM": Entry("kornia", kornia_ssim),
         "focal frequency": Entry("focal-frequency-loss", focal_frequency),
+        STEP: Entry(OURS, StepOfEDSR),
     }
 
 
@@ -179,7 +209,8 @@ class Candidate:
 
     def forward_backward(self) -> None:
         """What is measured."""
-        torch.autograd.grad(self.forward(), self.sr)
+        trained = [parameter for parameter in self.loss.parameters() if parameter.requires_grad]
+        torch.autograd.grad(self.forward(), [self.sr, *trained])
 
     def milliseconds(self) -> float:
         """Time of one forward and backward."""
@@ -241,18 +272,35 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def build_all(chosen: dict[str, Entry], sr: Tensor, gt: Tensor) -> list[Candidate]:
-    """Build every loss and run it once; print why a peer is left out where it cannot be measured."""
-    candidates = []
+def build_all(chosen: dict[str, Entry], device: torch.device) -> dict[str, nn.Module]:
+    """Build every loss; print why a peer is left out where it cannot be had."""
+    losses = {}
     for name, entry in tqdm(chosen.items(), desc="build", unit="loss"):
         try:
-            candidate = Candidate(name, entry, entry.build().to(sr.device).requires_grad_(False), sr, gt)
-            candidate.forward_backward()
-            candidates.append(candidate)
+            losses[name] = entry.build().to(device)
         except Exception as error:  # a peer may fail in any way
             if entry.package == OURS:
                 raise
             tqdm.write(f"skipped {name}: {type(error).__name__}: {error}")
+            continue
+        if name != STEP:
+            losses[name].requires_grad_(False)
+    return losses
+
+
+def candidates_of(chosen: dict[str, Entry], losses: dict[str, nn.Module], sr: Tensor, gt: Tensor) -> list[Candidate]:
+    """The losses that can be measured on `sr` and `gt`: each is run once; print why one is left out."""
+    candidates = []
+    for name, loss in losses.items():
+        candidate = Candidate(name, chosen[name], loss, sr, gt)
+        try:
+            candidate.forward_backward()
+        except Exception as error:  # images too small for a peer, memory
+            if chosen[name].package == OURS and not isinstance(error, torch.OutOfMemoryError):
+                raise
+            tqdm.write(f"skipped {name} at {tuple(gt.shape)}: {type(error).__name__}: {error}")
+        else:
+            candidates.append(candidate)
     return candidates
 
 
@@ -278,6 +326,124 @@ def device_name(device: torch.device) -> str:
     return found[1].strip() if found else platform.processor() or platform.machine()
 
 
+def measure_setting(candidates: list[Candidate], arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Rows of all candidates, which share their images."""
+    times = measure_times(candidates, arguments.rounds, arguments.warmup)
+    date = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    rows = []
+    for candidate in tqdm(candidates, desc="memory", unit="loss"):
+        p20, median, p80 = times[candidate.name]
+
+        def over(other: str, median: float = median) -> str:
+            return f"{median / times[other][1]:.3f}" if other in times else ""
+
+        package = candidate.entry.package
+        rows.append(
+            {
+                "loss": candidate.name,
+                "device": device_name(candidate.gt.device),
+                "threads": str(arguments.threads),
+                "batch": str(len(candidate.gt)),
+                "size": str(candidate.gt.shape[-1]),
+                "median_ms": f"{median:.3f}",
+                "p20_ms": f"{p20:.3f}",
+                "p80_ms": f"{p80:.3f}",
+                "peak_mib": f"{candidate.peak_bytes() / MIB:.2f}",
+                "saved_mib": f"{candidate.saved_bytes() / MIB:.2f}",
+                "weights_mib": f"{sum(candidate.weights().values()) / MIB:.2f}",
+                "ratio_alex": over("lpips alex"),
+                "ratio_vgg": over("lpips vgg"),
+                "share_of_sr_step": over(STEP),
+                "torch": torch.__version__,
+                "package_version": f"{package} {version(package)}",
+                "date": date,
+            }
+        )
+    return rows
+
+
+def setting_of(row: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(row[key] for key in ("device", "threads", "batch", "size"))
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The table so far; none where it is of other columns."""
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    return rows if rows and "share_of_sr_step" in rows[0] else []
+
+
+def merge(path: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Put rows of one setting into the table at `path`, in place of those of the same losses; return all."""
+    new = {row["loss"] for row in rows}
+    kept = [row for row in read_rows(path) if setting_of(row) != setting_of(rows[0]) or row["loss"] not in new]
+    order = list(entries(""))
+    table = sorted(
+        [*kept, *rows],
+        key=lambda row: (
+            row["device"],
+            int(row["threads"]),
+            int(row["batch"]),
+            int(row["size"]),
+            order.index(row["loss"]),
+        ),
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_table(path, table)
+    return table
+
+
+def plot(path: Path, table: list[dict[str, Any]]) -> None:
+    """Time, saved memory and share of an SR step against size, a column a batch; ours in colour, peers in grey."""
+    from matplotlib import pyplot as plt
+
+    device, threads = table[0]["device"], table[0]["threads"]
+    table = [row for row in table if (row["device"], row["threads"]) == (device, threads)]
+    batches = sorted({int(row["batch"]) for row in table})
+    panels = {
+        "median_ms": "forward + backward, ms",
+        "saved_mib": "saved for backward, MiB",
+        "share_of_sr_step": "share of an SR training step",
+    }
+    figure, axes = plt.subplots(
+        len(panels), len(batches), figsize=(6.5 * len(batches), 4.2 * len(panels)), layout="constrained", squeeze=False
+    )
+    names = [name for name in entries("") if name != STEP and any(row["loss"] == name for row in table)]
+    sizes = sorted({int(row["size"]) for row in table})
+    for row_axes, (column, label) in zip(axes, panels.items(), strict=True):
+        for axis, batch in zip(row_axes, batches, strict=True):
+            for index, name in enumerate(names):
+                points = [
+                    (int(row["size"]), float(row[column]))
+                    for row in table
+                    if row["loss"] == name and int(row["batch"]) == batch and row[column]
+                ]
+                if not points:
+                    continue
+                ours = entries("")[name].package == OURS
+                style = {"linewidth": 2, "color": f"C{index}"} if ours else {"linewidth": 1, "color": "0.55"}
+                axis.plot(
+                    *zip(*points, strict=True),
+                    marker="o" if ours else MARKERS[index % len(MARKERS)],
+                    **style,
+                    label=name,
+                )
+            axis.set_xscale("log", base=2)
+            axis.set_yscale("log")
+            axis.set_xticks(sizes, [f"{size}²" for size in sizes])
+            axis.set_ylabel(label)
+            axis.set_title(f"batch {batch}")
+            axis.grid(alpha=0.3)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", fontsize=8)
+    figure.suptitle(f"{device}, {threads} thread{'s' if threads != '1' else ''}, float32")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=100))
+    plt.close(figure)
+
+
 def print_table(rows: list[dict[str, Any]]) -> None:
     columns = [
         "loss",
@@ -289,10 +455,9 @@ def print_table(rows: list[dict[str, Any]]) -> None:
         "weights_mib",
         "ratio_alex",
         "ratio_vgg",
+        "share_of_sr_step",
     ]
-    width = max(len(row["loss"]) for row in rows)
-    for row in [dict(zip(columns, columns, strict=True)), *rows]:
-        print(f"{row['loss']:<{width}}", *(f"{row[column]:>11}" for column in columns[1:]))
+    print(format_table([{column: row[column] for column in columns} for row in rows]))
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -303,18 +468,19 @@ def parse_arguments() -> argparse.Namespace:
 
     names = list(entries(""))
     cuda = "cuda" if torch.cuda.is_available() else "cpu"
-    parser = argparse.ArgumentParser(description="Time and memory of our losses and their peers, forward and backward.")
-    parser.add_argument("--size", type=positive, default=128, help="height and width (default %(default)s)")
-    parser.add_argument("--batch", type=positive, default=1, help="images in a batch (default %(default)s)")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", type=positive, nargs="+", default=[64, 128, 256], help="heights and widths")
+    parser.add_argument("--batches", type=positive, nargs="+", default=[1, 4], help="images in a batch")
     parser.add_argument("--device", default=cuda, help="torch device (default cuda, where there is none cpu)")
     parser.add_argument("--threads", type=positive, default=1, help="CPU threads (default %(default)s)")
-    parser.add_argument("--rounds", type=positive, default=30, help="rounds that count (default %(default)s)")
+    parser.add_argument("--rounds", type=positive, default=15, help="rounds that count (default %(default)s)")
     parser.add_argument("--warmup", type=positive, default=3, help="rounds before them (default %(default)s)")
     parser.add_argument(
         "--only", nargs="+", metavar="NAME", choices=names, default=names, help=f"losses, of: {', '.join(names)}"
     )
     parser.add_argument("--inn", default="bundled", help="invertible network, see MGHFLoss (default %(default)s)")
-    parser.add_argument("--csv", type=Path, help="file to replace (default benchmarks/results/losses-<device>.csv)")
+    parser.add_argument("--csv", type=Path, help="table (default benchmarks/results/losses-<device>.csv)")
+    parser.add_argument("--figure", type=Path, help="figure (default beside the table, with the suffix .png)")
     return parser.parse_args()
 
 
@@ -329,49 +495,26 @@ def main() -> None:
     slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") if device.type == "cuda" else device.type
     path = arguments.csv or Path(__file__).parent / "results" / f"losses-{slug}.csv"
 
-    shape = (arguments.batch, 3, arguments.size, arguments.size)
-    gt = torch.rand(shape, device=device)
-    sr = (gt + 0.1 * torch.randn_like(gt)).clamp(0, 1).requires_grad_()
     chosen = {key: entry for key, entry in entries(arguments.inn).items() if key in arguments.only}
-    candidates = build_all(chosen, sr, gt)
-    if not candidates:
-        raise SystemExit("nothing to measure")
-
-    times = measure_times(candidates, arguments.rounds, arguments.warmup)
-    date = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    rows = []
-    for candidate in tqdm(candidates, desc="memory", unit="loss"):
-        p20, median, p80 = times[candidate.name]
-        ratios = {net: median / times[key][1] for net in ("alex", "vgg") if (key := f"lpips {net}") in times}
-        package = candidate.entry.package
-        rows.append(
-            {
-                "loss": candidate.name,
-                "device": name,
-                "threads": arguments.threads,
-                "batch": arguments.batch,
-                "size": arguments.size,
-                "median_ms": f"{median:.3f}",
-                "p20_ms": f"{p20:.3f}",
-                "p80_ms": f"{p80:.3f}",
-                "peak_mib": f"{candidate.peak_bytes() / MIB:.2f}",
-                "saved_mib": f"{candidate.saved_bytes() / MIB:.2f}",
-                "weights_mib": f"{sum(candidate.weights().values()) / MIB:.2f}",
-                "ratio_alex": f"{ratios['alex']:.3f}" if "alex" in ratios else "",
-                "ratio_vgg": f"{ratios['vgg']:.3f}" if "vgg" in ratios else "",
-                "torch": torch.__version__,
-                "package_version": f"{package} {version(package)}",
-                "date": date,
-            }
-        )
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_table(path, rows)
-    threads = f"{arguments.threads} thread{'s' if arguments.threads > 1 else ''}"
-    print(f"{name}, {threads}, {' x '.join(map(str, shape))}, float32, {arguments.rounds} rounds, forward + backward")
+    losses = build_all(chosen, device)
+    table: list[dict[str, Any]] = []
     print("DINO, LPIPS, DISTS and VGG networks have random weights: the figures are of cost, not of quality.")
-    print_table(rows)
-    print(f"wrote {path}")
+    for batch in arguments.batches:
+        for size in arguments.sizes:
+            gt = torch.rand(batch, 3, size, size, device=device)
+            sr = (gt + 0.1 * torch.randn_like(gt)).clamp(0, 1).requires_grad_()
+            candidates = candidates_of(chosen, losses, sr, gt)
+            if not candidates:
+                raise SystemExit("nothing to measure")
+            rows = measure_setting(candidates, arguments)
+            table = merge(path, rows)
+            threads = f"{arguments.threads} thread{'s' if arguments.threads > 1 else ''}"
+            shape = " x ".join(map(str, gt.shape))
+            print(f"\n{name}, {threads}, {shape}, float32, {arguments.rounds} rounds, forward + backward")
+            print_table(rows)
+    figure = arguments.figure or path.with_suffix(".png")
+    plot(figure, table)
+    print(f"wrote {path} and {figure}")
 
 
 if __name__ == "__main__":

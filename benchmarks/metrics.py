@@ -120,7 +120,7 @@ def full_reference(name: str, srs: Sequence[Tensor], gts: Sequence[Tensor]) -> l
 
 
 def by_pyiqa(name: str, srs: Sequence[Tensor], gts: Sequence[Tensor]) -> list[float]:
-    """A metric of pyiqa (`pip install pyiqa`) by its own name and weights, mean over the images.
+    """A metric of pyiqa (the extra `iqa`) by its own name and weights, mean over the images.
 
     Reference: https://github.com/chaofengc/IQA-PyTorch, which cites each metric's paper.
     """

@@ -1,8 +1,9 @@
-"""Accelerate: the same script on a CPU, a GPU, or several.
+"""The loss under Accelerate: several processes, mixed precision, gradient accumulation.
 
-    accelerate launch examples/accelerate_loop.py --images DIR --steps 1000
+    accelerate launch examples/accelerate_loop.py --steps 200
+    accelerate launch --multi_gpu --num_processes 2 --mixed_precision bf16 examples/accelerate_loop.py
 
-The loss stays outside `prepare`: there is nothing in it to train, wrap or save. Needs `pip install accelerate`.
+The loss is not prepared: it has nothing to train, and `.to(accelerator.device)` is all that it needs.
 """
 
 from __future__ import annotations
@@ -10,35 +11,42 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from accelerate.utils import set_seed
+from crops import RandomCrops, options
 from torch.utils.data import DataLoader
-from toy import Pairs, SmallSR, line, parser
 
 from mghf_loss import MGHFLoss
+from mghf_loss.demo import SmallSR, downscale
 
 
 def main() -> None:
-    """Train and print the loss and its terms, averaged over processes."""
-    options = parser(__doc__).parse_args()
-    accelerator = Accelerator()
-    torch.manual_seed(options.seed)
-    count = options.steps * options.batch * accelerator.num_processes
+    """Train a small x4 model."""
+    parser = options("A training loop under Accelerate.", steps=50)
+    parser.add_argument("--accumulate", type=int, default=1, help="batches of an optimiser step")
+    arguments = parser.parse_args()
+    accelerator = Accelerator(gradient_accumulation_steps=arguments.accumulate)
+    set_seed(arguments.seed)
     model = SmallSR()
     optimiser = torch.optim.Adam(model.parameters(), lr=1e-3)
-    loader = DataLoader(Pairs(options.images, count, options.crop), options.batch)
-    model, optimiser, loader = accelerator.prepare(model, optimiser, loader)
+    batches = arguments.steps * arguments.accumulate * accelerator.num_processes
+    crops = RandomCrops(arguments.images, batches * arguments.batch, seed=arguments.seed)
+    model, optimiser, loader = accelerator.prepare(model, optimiser, DataLoader(crops, arguments.batch))
     criterion = MGHFLoss().to(accelerator.device)
-    places = torch.Generator().manual_seed(options.seed)  # PatchNCE's random places, the same in every process
+    places = torch.Generator(accelerator.device).manual_seed(arguments.seed + accelerator.process_index)
 
-    for step, (lr, gt) in enumerate(loader):
-        sr = model(lr)
-        mghf, terms = criterion(sr, gt, return_terms=True, generator=places)
-        loss = F.l1_loss(sr, gt) + 0.05 * mghf
-        optimiser.zero_grad()
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(model.parameters(), 0.2)
-        optimiser.step()
-        values = accelerator.reduce({"loss": loss.detach(), "mghf": mghf.detach(), **terms}, reduction="mean")
-        accelerator.print(line(step, **values))
+    for index, gt in enumerate(loader):
+        with accelerator.accumulate(model), accelerator.autocast():
+            sr = model(downscale(gt))
+            loss = F.l1_loss(sr, gt) + 0.05 * criterion(sr, gt, generator=places)
+            accelerator.backward(loss)
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(model.parameters(), 0.2)
+            optimiser.step()
+            optimiser.zero_grad()
+        mean = accelerator.reduce(loss.detach(), "mean")
+        assert isinstance(mean, torch.Tensor)
+        if index % 10 == 0 or index + 1 == len(loader):
+            accelerator.print(f"batch {index}  loss {mean.item():.6f}")
     accelerator.end_training()
 
 

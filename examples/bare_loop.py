@@ -1,39 +1,42 @@
-"""A bare PyTorch loop with MGHFLoss beside L1.
+"""The loss in a loop of plain PyTorch, with its terms logged and clipped gradients.
 
-python examples/bare_loop.py --images DIR --steps 1000
+python examples/bare_loop.py --steps 200
 """
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from crops import RandomCrops, options
 from torch.utils.data import DataLoader
-from toy import Pairs, SmallSR, line, parser
 
 from mghf_loss import MGHFLoss
+from mghf_loss.demo import SmallSR, downscale
 
 
 def main() -> None:
-    """Train and print the loss and its terms."""
-    options = parser(__doc__).parse_args()
-    torch.manual_seed(options.seed)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    loader = DataLoader(Pairs(options.images, options.steps * options.batch, options.crop), options.batch)
+    """Train a small x4 model."""
+    arguments = options("A bare training loop.", steps=50).parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(arguments.seed)
     model = SmallSR().to(device)
+    criterion = MGHFLoss().to(device)  # the one line
+    places = torch.Generator(device).manual_seed(arguments.seed)  # PatchNCE's, so that a run can be repeated
     optimiser = torch.optim.Adam(model.parameters(), lr=1e-3)
-    criterion = MGHFLoss().to(device)
-    places = torch.Generator().manual_seed(options.seed)  # PatchNCE's random places, the same in every run
 
-    for step, (lr, gt) in enumerate(loader):
-        lr, gt = lr.to(device), gt.to(device)
-        sr = model(lr)
+    crops = RandomCrops(arguments.images, arguments.steps * arguments.batch, seed=arguments.seed)
+    for step, batch in enumerate(DataLoader(crops, arguments.batch)):
+        gt = batch.to(device)
+        sr = model(downscale(gt))
         mghf, terms = criterion(sr, gt, return_terms=True, generator=places)
         loss = F.l1_loss(sr, gt) + 0.05 * mghf
-        optimiser.zero_grad()
+        optimiser.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 0.2)
         optimiser.step()
-        print(line(step, loss=loss, mghf=mghf, **terms))
+        if step % 10 == 0 or step + 1 == arguments.steps:
+            logged = "  ".join(f"{name} {value.item():.4g}" for name, value in terms.items())
+            print(f"step {step}  loss {loss.item():.6f}  {logged}")
 
 
 if __name__ == "__main__":

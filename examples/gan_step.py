@@ -1,81 +1,78 @@
-"""A GAN: the generator's loss has several terms, and it is stepped twice a batch, with GT's features computed once.
+"""The loss beside an adversarial one, and one ground truth for several outputs.
 
-python examples/gan_step.py --images DIR --steps 1000
+    python examples/gan_step.py --steps 200
+
+The generator answers twice a step: SR for the losses, and a coarser SR of its first half as deep supervision. Both are
+compared with the same `gt`, whose features `cache_gt=True` computes once.
 """
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from crops import RandomCrops, options
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from toy import Pairs, SmallSR, line, parser
 
 from mghf_loss import MGHFLoss
-
-GENERATOR_STEPS = 2
-
-
-class Discriminator(nn.Sequential):
-    """(B, 3, H, W) -> logits (B, 1, H/4, W/4), one a patch."""
-
-    def __init__(self, width: int = 16) -> None:
-        super().__init__(
-            nn.Conv2d(3, width, 4, 2, 1),
-            nn.LeakyReLU(0.2),
-            nn.Conv2d(width, width, 4, 2, 1),
-            nn.LeakyReLU(0.2),
-            nn.Conv2d(width, 1, 3, 1, 1),
-        )
+from mghf_loss.demo import SmallSR, downscale, upscale
 
 
-def generator_step(
-    generator: nn.Module,
-    discriminator: nn.Module,
-    criterion: MGHFLoss,
-    optimiser: torch.optim.Optimizer,
-    lr: Tensor,
-    gt: Tensor,
-) -> dict[str, Tensor]:
-    """Step the generator on L1, MGHFLoss and the discriminator's opinion; return the losses."""
-    sr = generator(lr)
-    mghf = criterion(sr, gt)
-    adversarial = F.softplus(-discriminator(sr)).mean()
-    loss = F.l1_loss(sr, gt) + 0.05 * mghf + 0.005 * adversarial
-    optimiser.zero_grad()
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(generator.parameters(), 0.2)
-    optimiser.step()
-    return {"loss_g": loss, "mghf": mghf, "adversarial": adversarial}
+class Generator(SmallSR):
+    """The small model with a second output half way."""
+
+    def forward(self, lr: Tensor) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Return SR, and SR after half of the blocks."""
+        x, outputs = self.head(lr), []
+        for index, block in enumerate(self.blocks, start=1):
+            x = x + block(x)
+            if index in (len(self.blocks) // 2, len(self.blocks)):
+                outputs.append(upscale(lr) + F.pixel_shuffle(self.tail(x), 4))
+        half, sr = outputs
+        return sr, half
+
+
+def critic() -> nn.Module:
+    """A patch discriminator."""
+    layers: list[nn.Module] = []
+    for wide_in, wide_out in ((3, 32), (32, 64)):
+        layers += [nn.utils.parametrizations.spectral_norm(nn.Conv2d(wide_in, wide_out, 4, 2, 1)), nn.LeakyReLU(0.2)]
+    return nn.Sequential(*layers, nn.Conv2d(64, 1, 3, padding=1))
 
 
 def main() -> None:
-    """Train both networks and print their losses."""
-    options = parser(__doc__).parse_args()
-    torch.manual_seed(options.seed)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    loader = DataLoader(Pairs(options.images, options.steps * options.batch, options.crop), options.batch)
-    generator, discriminator = SmallSR().to(device), Discriminator().to(device)
-    optimiser_g = torch.optim.Adam(generator.parameters(), lr=1e-4)
-    optimiser_d = torch.optim.Adam(discriminator.parameters(), lr=1e-4)
+    """Train generator and critic in turn."""
+    arguments = options("A GAN step.", steps=50).parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(arguments.seed)
+    generator, discriminator = Generator().to(device), critic().to(device)
     criterion = MGHFLoss(cache_gt=True).to(device)
-    losses: dict[str, Tensor] = {}
+    places = torch.Generator(device).manual_seed(arguments.seed)
+    g_optimiser = torch.optim.Adam(generator.parameters(), lr=5e-4)
+    d_optimiser = torch.optim.Adam(discriminator.parameters(), lr=2e-4, betas=(0.0, 0.9))
 
-    for step, (lr, gt) in enumerate(loader):
-        lr, gt = lr.to(device), gt.to(device)  # one tensor for all calls of this step: the cache knows it by identity
+    crops = RandomCrops(arguments.images, arguments.steps * arguments.batch, seed=arguments.seed)
+    for step, batch in enumerate(DataLoader(crops, arguments.batch)):
+        gt = batch.to(device)
+        sr, half = generator(downscale(gt))
+        losses = {
+            "pixel": F.l1_loss(sr, gt),
+            "mghf": 0.05 * criterion(sr, gt, generator=places),
+            "mghf_half": 0.01 * criterion(half, gt, generator=places),  # gt's features are known
+            "adversarial": -0.005 * discriminator(sr).mean(),
+        }
+        g_optimiser.zero_grad(set_to_none=True)
+        torch.stack(list(losses.values())).sum().backward()
+        nn.utils.clip_grad_norm_(generator.parameters(), 0.2)
+        g_optimiser.step()
 
-        discriminator.requires_grad_(False)
-        for _ in range(GENERATOR_STEPS):
-            losses = generator_step(generator, discriminator, criterion, optimiser_g, lr, gt)
-
-        discriminator.requires_grad_(True)
-        with torch.no_grad():
-            sr = generator(lr)
-        loss_d = F.softplus(-discriminator(gt)).mean() + F.softplus(discriminator(sr)).mean()
-        optimiser_d.zero_grad()
-        loss_d.backward()
-        optimiser_d.step()
-        print(line(step, **losses, loss_d=loss_d))
+        d_loss = F.relu(1 - discriminator(gt)).mean() + F.relu(1 + discriminator(sr.detach())).mean()
+        d_optimiser.zero_grad(set_to_none=True)
+        d_loss.backward()
+        d_optimiser.step()
+        if step % 10 == 0 or step + 1 == arguments.steps:
+            logged = "  ".join(f"{name} {value.item():.5f}" for name, value in losses.items())
+            print(f"step {step}  {logged}  critic {d_loss.item():.4f}")
 
 
 if __name__ == "__main__":

@@ -14,12 +14,13 @@ from typing import Any
 import lightning
 import torch
 import torch.nn.functional as F
+from crops import RandomCrops, options
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 from torch.utils.data import DataLoader
-from toy import Pairs, SmallSR, parser
 
 from mghf_loss import MGHFLoss
+from mghf_loss.demo import SmallSR, downscale
 from mghf_loss.integrations.lightning import MGHFLogger
 
 
@@ -31,19 +32,17 @@ class SR(lightning.LightningModule):
         self.model = SmallSR()
         self.criterion = MGHFLoss()
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:
+    def training_step(self, gt: Tensor, batch_idx: int) -> dict[str, Tensor]:
         """Return the loss, and the images for `MGHFLogger`."""
-        lr, gt = batch
-        sr = self.model(lr)
+        sr = self.model(downscale(gt))
         mghf, terms = self.criterion(sr, gt, return_terms=True)
         loss = F.l1_loss(sr, gt) + 0.05 * mghf
         self.log_dict({"train/loss": loss, **{f"train/{name}": value for name, value in terms.items()}})
         return {"loss": loss, "sr": sr, "gt": gt}
 
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:
+    def validation_step(self, gt: Tensor, batch_idx: int) -> dict[str, Tensor]:
         """Log the loss of a batch."""
-        lr, gt = batch
-        sr = self.model(lr)
+        sr = self.model(downscale(gt))
         self.log("val/mghf", self.criterion(sr, gt))
         return {"sr": sr, "gt": gt}
 
@@ -54,25 +53,26 @@ class SR(lightning.LightningModule):
 
 def main() -> None:
     """Train, validate and write logs."""
-    options = parser(__doc__)
-    options.add_argument("--precision", default="bf16-mixed", help="Lightning's precision")
-    options.add_argument("--accumulate", type=int, default=2, help="batches an optimiser step")
-    options.add_argument("--out", type=Path, default=Path("lightning-example"), help="folder of logs and checkpoints")
-    options = options.parse_args()
-    lightning.seed_everything(options.seed)
+    parser = options("Train with Lightning.", steps=50)
+    parser.add_argument("--precision", default="bf16-mixed", help="Lightning's precision")
+    parser.add_argument("--accumulate", type=int, default=2, help="batches an optimiser step")
+    parser.add_argument("--out", type=Path, default=Path("runs"), help="folder of logs and checkpoints")
+    arguments = parser.parse_args()
+    lightning.seed_everything(arguments.seed)
     trainer = lightning.Trainer(
-        max_steps=options.steps,
-        precision=options.precision,
-        accumulate_grad_batches=options.accumulate,
+        max_steps=arguments.steps,
+        precision=arguments.precision,
+        accumulate_grad_batches=arguments.accumulate,
         gradient_clip_val=0.2,
-        logger=TensorBoardLogger(options.out),
-        callbacks=[MGHFLogger(every=max(1, options.steps // 2))],
+        logger=TensorBoardLogger(arguments.out),
+        callbacks=[MGHFLogger(every=max(1, arguments.steps // 2))],
         log_every_n_steps=1,
         num_sanity_val_steps=0,
     )
-    training = Pairs(options.images, options.steps * options.accumulate * options.batch, options.crop)
-    validation = Pairs(options.images, 2 * options.batch, options.crop)
-    trainer.fit(SR(), DataLoader(training, options.batch), DataLoader(validation, options.batch))
+    count = arguments.steps * arguments.accumulate * arguments.batch
+    training = RandomCrops(arguments.images, count, seed=arguments.seed)
+    validation = RandomCrops(arguments.images, 2 * arguments.batch, seed=arguments.seed + 1)
+    trainer.fit(SR(), DataLoader(training, arguments.batch), DataLoader(validation, arguments.batch))
 
 
 if __name__ == "__main__":

@@ -1,93 +1,90 @@
-"""One-step diffusion on the pattern of SinSR: the loss on decoded images, its gradient through a frozen decoder.
+"""The loss for a one-step diffusion student, on the pattern of SinSR: on decoded images, through a frozen decoder.
 
-    python examples/one_step_diffusion.py --images DIR --steps 1000
+    python examples/one_step_diffusion.py --steps 200
 
-The residual-shifting forward process (ResShift, Yue et al., NeurIPS 2023) ends at z_T = z_lr + kappa * noise, z_lr the
-latent of the enlarged LR image; a student maps z_T and z_lr to the latent of the SR image in one step (SinSR, Wang et
-al., CVPR 2024). SinSR trains it to follow a teacher, of which there is none here: the target is GT's latent. To the
-latent error comes 0.2 times `MGHFnLoss` of the decoded images, as in the training code of the paper (arXiv 2411.13548).
-`memory="low"` recomputes the invertible network in the backward pass, `checkpoint` the decoder.
+A residual-shifting chain in a latent space ends at z_T = encode(up(LR)) + kappa n. The student takes z_T back to the
+latent of GT in one step. Its loss is the latent MSE plus MGHF on the decoded images: the gradient passes through the
+decoder, which stays frozen, and `memory="low"` keeps the loss's share of the memory small beside it.
 
-`Autoencoder` stands for the VQ-VAE of SinSR: any frozen `encode` and `decode` will do.
+The autoencoder here is a tiny one that is trained for a moment first; in SinSR or OSEDiff it is a VQ-GAN or the
+VAE of Stable Diffusion, whose images are in [-1, 1]: hence `input_range`.
+
+Reference: Yue et al., ResShift, NeurIPS 2023; Wang et al., SinSR, CVPR 2024; the loss in such a student: arXiv
+2411.13548. The sizes are ours.
 """
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import torch.nn.functional as F
+from crops import RandomCrops, options
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
-from toy import SCALE, Pairs, line, parser
 
-from mghf_loss import MGHFnLoss
+from mghf_loss import MGHFLoss
+from mghf_loss.demo import downscale, upscale
 
-KAPPA = 2.0
-CHANNELS = 3 * SCALE**2
+CHANNELS = 8  # of the latent, at a quarter of the resolution
+KAPPA = 0.3
+
+
+def convolutions(*widths: int) -> list[nn.Module]:
+    """Convolutions 3 x 3 with SiLU between."""
+    layers: list[nn.Module] = []
+    for wide_in, wide_out in itertools.pairwise(widths):
+        layers += [nn.SiLU(), nn.Conv2d(wide_in, wide_out, 3, padding=1)]
+    return layers[1:]
 
 
 class Autoencoder(nn.Module):
-    """Images in [-1, 1] <-> latents of a quarter of their size: blocks of pixels, turned by a fixed rotation."""
-
-    rotation: Tensor
+    """(B, 3, H, W) in [-1, 1] <-> latent (B, 8, H/4, W/4)."""
 
     def __init__(self) -> None:
         super().__init__()
-        rotation = nn.init.orthogonal_(torch.empty(CHANNELS, CHANNELS))
-        self.register_buffer("rotation", rotation[:, :, None, None])
-
-    def encode(self, image: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, 48, H/4, W/4)."""
-        return F.conv2d(F.pixel_unshuffle(image, SCALE), self.rotation)
-
-    def decode(self, latent: Tensor) -> Tensor:
-        """Undo `encode`."""
-        return F.pixel_shuffle(F.conv2d(latent, self.rotation.transpose(0, 1)), SCALE)
-
-
-class Student(nn.Module):
-    """z_T, z_lr -> z_0, all (B, 48, h, w)."""
-
-    def __init__(self, width: int = 64) -> None:
-        super().__init__()
-        self.body = nn.Sequential(
-            nn.Conv2d(2 * CHANNELS, width, 3, padding=1),
-            nn.SiLU(),
-            nn.Conv2d(width, width, 3, padding=1),
-            nn.SiLU(),
-            nn.Conv2d(width, CHANNELS, 3, padding=1),
-        )
-
-    def forward(self, noisy: Tensor, condition: Tensor) -> Tensor:
-        """Make the one step."""
-        return condition + self.body(torch.cat((noisy, condition), dim=1))
+        self.encode = nn.Sequential(nn.PixelUnshuffle(4), *convolutions(48, 64, CHANNELS))
+        self.decode = nn.Sequential(*convolutions(CHANNELS, 64, 48), nn.PixelShuffle(4))
 
 
 def main() -> None:
-    """Train the student and print its losses."""
-    options = parser(__doc__).parse_args()
-    torch.manual_seed(options.seed)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    loader = DataLoader(Pairs(options.images, options.steps * options.batch, options.crop), options.batch)
-    autoencoder = Autoencoder().to(device).requires_grad_(False).eval()
-    student = Student().to(device)
-    optimiser = torch.optim.Adam(student.parameters(), lr=5e-4)
-    criterion = MGHFnLoss(input_range=(-1, 1), memory="low").to(device)
+    """Train the autoencoder, freeze it, train the student."""
+    parser = options("A one-step diffusion student with the loss on decoded images.", steps=50)
+    parser.add_argument("--autoencoder-steps", type=int, default=200, help="of the autoencoder, before")
+    parser.add_argument("--memory", choices=("normal", "low"), default="low", help="of the loss")
+    arguments = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(arguments.seed)
 
-    for step, (lr, gt) in enumerate(loader):
-        lr, gt = 2 * lr.to(device) - 1, 2 * gt.to(device) - 1
-        with torch.no_grad():
-            z_gt = autoencoder.encode(gt)
-            z_lr = autoencoder.encode(F.interpolate(lr, scale_factor=SCALE, mode="bicubic"))
-        z_sr = student(z_lr + KAPPA * torch.randn_like(z_lr), z_lr)
-        sr = checkpoint(autoencoder.decode, z_sr, use_reentrant=False)
-        latent, mghf = F.mse_loss(z_sr, z_gt), criterion(sr, gt)
-        loss = latent + 0.2 * mghf
-        optimiser.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+    def batches(steps: int, seed: int) -> DataLoader[Tensor]:
+        return DataLoader(RandomCrops(arguments.images, steps * arguments.batch, seed=seed), arguments.batch)
+
+    autoencoder = Autoencoder().to(device)
+    optimiser = torch.optim.Adam(autoencoder.parameters(), lr=2e-3)
+    for gt in batches(arguments.autoencoder_steps, arguments.seed + 1):
+        images = 2 * gt.to(device) - 1
+        optimiser.zero_grad(set_to_none=True)
+        F.l1_loss(autoencoder.decode(autoencoder.encode(images)), images).backward()
         optimiser.step()
-        print(line(step, loss=loss, latent=latent, mghf=mghf))
+    autoencoder.requires_grad_(False).eval()
+
+    student = nn.Sequential(*convolutions(2 * CHANNELS, 64, 64, CHANNELS)).to(device)
+    criterion = MGHFLoss(input_range=(-1, 1), memory=arguments.memory).to(device)
+    places = torch.Generator(device).manual_seed(arguments.seed)
+    optimiser = torch.optim.Adam(student.parameters(), lr=1e-3)
+    for step, batch in enumerate(batches(arguments.steps, arguments.seed)):
+        gt = 2 * batch.to(device) - 1
+        condition = autoencoder.encode(upscale(downscale(gt)))
+        z_last = condition + KAPPA * torch.randn_like(condition)
+        z = z_last - student(torch.cat((z_last, condition), dim=1))  # one step back, from T to 0
+        latent = F.mse_loss(z, autoencoder.encode(gt))
+        mghf = criterion(autoencoder.decode(z), gt, generator=places)  # the gradient passes through the decoder
+        optimiser.zero_grad(set_to_none=True)
+        (latent + 0.05 * mghf).backward()
+        nn.utils.clip_grad_norm_(student.parameters(), 0.2)
+        optimiser.step()
+        if step % 10 == 0 or step + 1 == arguments.steps:
+            print(f"step {step}  latent {latent.item():.5f}  mghf {mghf.item():.5f}")
 
 
 if __name__ == "__main__":

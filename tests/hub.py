@@ -16,6 +16,8 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
+import warnings
 from collections.abc import Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -230,6 +232,24 @@ def _dino(name: str) -> str:
     return jsd(DinoJSDLoss(name))
 
 
+def _python(folder: str, *programs: str) -> None:
+    """Run programs one after another in the same names, in `folder`, warnings being errors."""
+    names: dict[str, Any] = {"__name__": "__main__"}
+    here = Path.cwd()
+    os.chdir(folder)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            # Lightning's advice about settings that are small on purpose; BasicSR's age.
+            warnings.filterwarnings("ignore", module="lightning|basicsr")
+            for number, program in enumerate(programs, 1):
+                exec(compile(program, f"<program {number}>", "exec"), names)
+    except Exception as error:
+        raise RuntimeError(traceback.format_exc()) from error
+    finally:
+        os.chdir(here)
+
+
 def _imports_timm(inn: str) -> bool:
     from mghf_loss import MGHFLoss
 
@@ -237,7 +257,7 @@ def _imports_timm(inn: str) -> bool:
     return "timm" in sys.modules
 
 
-OUTCOMES = {"inn": _inn, "push": _push, "dino": _dino, "imports_timm": _imports_timm}
+OUTCOMES = {"inn": _inn, "push": _push, "dino": _dino, "imports_timm": _imports_timm, "python": _python}
 
 
 def main() -> None:

@@ -112,7 +112,7 @@ def test_distortions_grow_with_strength_up_to_the_asked_error(name):
     errors = [(distort(strength) - image).square().mean().item() for strength in (0.05, 0.2, 0.6, 1.0)]
     assert errors == sorted(errors)
     target = (errors[0] * errors[-1]) ** 0.5
-    reached = (evaluation._at_mse(distort, image, target) - image).square().mean().item()
+    reached = (evaluation.at_mse(distort, image, target) - image).square().mean().item()
     assert reached == pytest.approx(target, rel=0.15 if name == "JPEG" else 0.01)
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
 from mghf_loss import MGHFLoss
+from mghf_loss.demo import SmallSR, downscale
 from test_integrations import read
 
 lightning = pytest.importorskip("lightning")
@@ -22,14 +26,20 @@ from mghf_loss.integrations.lightning import MGHFLogger  # noqa: E402
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-@pytest.fixture
-def modules(monkeypatch):
-    """The examples' network and data, and the example's module."""
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "examples")
-    import lightning_trainer
-    import toy
+EXAMPLES = Path(__file__).parents[1] / "examples"
 
-    return toy, lightning_trainer
+
+@pytest.fixture
+def example(monkeypatch):
+    """The example's module."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    import lightning_trainer
+
+    return lightning_trainer
+
+
+def batches(count: int, size: int) -> DataLoader:
+    return DataLoader([torch.rand(3, size, size) for _ in range(count)], 2)
 
 
 class Losses(lightning.Callback):
@@ -55,21 +65,20 @@ def fit(module, loader, tmp_path, **options):
     return losses.values
 
 
-def test_values_are_those_of_a_loop_written_by_hand(modules, tmp_path):
-    toy, example = modules
-    loader = DataLoader(toy.Pairs(None, 8, 32), 2)
+def test_values_are_those_of_a_loop_written_by_hand(example, tmp_path):
+    loader = batches(8, 32)
     torch.manual_seed(0)
     module = example.SR()
-    hand = toy.SmallSR()
+    hand = SmallSR()
     hand.load_state_dict(module.model.state_dict())
     module.criterion = MGHFLoss({"patch_nce": 0.0})  # no random places
     got = fit(module, loader, tmp_path, precision="bf16-mixed", accumulate_grad_batches=2, limit_val_batches=0)
 
     optimiser = torch.optim.Adam(hand.parameters(), lr=1e-3)
     criterion, expected = MGHFLoss({"patch_nce": 0.0}), []
-    for index, (lr, gt) in enumerate(loader):
+    for index, gt in enumerate(loader):
         with torch.autocast("cpu", torch.bfloat16):
-            sr = hand(lr)
+            sr = hand(downscale(gt))
             loss = F.l1_loss(sr, gt) + 0.05 * criterion(sr, gt)
         (loss / 2).backward()
         if index % 2:
@@ -81,9 +90,8 @@ def test_values_are_those_of_a_loop_written_by_hand(modules, tmp_path):
     assert [2 * value for value in got] == pytest.approx(expected, rel=1e-5)
 
 
-def test_the_callback_writes_each_chosen_step_once(modules, tmp_path):
-    toy, example = modules
-    loader = DataLoader(toy.Pairs(None, 16, 16), 2)
+def test_the_callback_writes_each_chosen_step_once(example, tmp_path):
+    loader = batches(16, 16)
     fit(example.SR(), loader, tmp_path, accumulate_grad_batches=2, callbacks=[MGHFLogger(every=2, images=1)])
     ((folder),) = (tmp_path / "lightning_logs").iterdir()
     events = read(folder)
@@ -92,9 +100,8 @@ def test_the_callback_writes_each_chosen_step_once(modules, tmp_path):
     assert [event.step for event in events.Images("mghf/train/heatmap/total")] == [2, 4]
 
 
-def test_the_callback_may_leave_out_training(modules, tmp_path):
-    toy, example = modules
-    fit(example.SR(), DataLoader(toy.Pairs(None, 2, 16), 2), tmp_path, callbacks=[MGHFLogger(every=None, images=0)])
+def test_the_callback_may_leave_out_training(example, tmp_path):
+    fit(example.SR(), batches(2, 16), tmp_path, callbacks=[MGHFLogger(every=None, images=0)])
     ((folder),) = (tmp_path / "lightning_logs").iterdir()
     tags = read(folder).Tags()
     assert "mghf/val/loss" in tags["scalars"]
@@ -102,17 +109,35 @@ def test_the_callback_may_leave_out_training(modules, tmp_path):
     assert tags["images"] == []
 
 
-def test_mistakes_are_named_before_they_cost_time(modules, tmp_path):
-    toy, example = modules
-    loader = DataLoader(toy.Pairs(None, 2, 16), 2)
+def test_mistakes_are_named_before_they_cost_time(example, tmp_path):
+    loader = batches(2, 16)
     with pytest.raises(ValueError, match="MGHFLogger needs a TensorBoardLogger"):
         fit(example.SR(), loader, tmp_path, logger=CSVLogger(tmp_path), callbacks=[MGHFLogger()])
     with pytest.raises(TypeError, match=r"SR\.loss must be an MGHFLoss"):
         fit(example.SR(), loader, tmp_path, callbacks=[MGHFLogger("loss")])
     module = example.SR()
-    module.training_step = lambda batch, batch_idx: module.criterion(module.model(batch[0]), batch[1])
+    module.training_step = lambda gt, batch_idx: module.criterion(module.model(downscale(gt)), gt)
     with pytest.raises(TypeError, match='training_step must return a dictionary with "sr" and "gt"'):
         fit(module, loader, tmp_path, callbacks=[MGHFLogger(every=1)])
     for options, message in (({"every": 0}, "every must be at least 1"), ({"images": -1}, "images must be at least 0")):
         with pytest.raises(ValueError, match=message):
             MGHFLogger(**options)
+
+
+def test_the_example_runs_with_bf16_and_accumulation(tmp_path):
+    """As a user would."""
+    command = [sys.executable, str(EXAMPLES / "lightning_trainer.py"), "--steps", "2", "--batch", "2", "--out", "runs"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, text=True, capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (folder,) = (tmp_path / "runs" / "lightning_logs").iterdir()
+    (checkpoint,) = folder.rglob("*.ckpt")
+    state = torch.load(checkpoint, weights_only=True)
+    assert state["global_step"] == 2  # of two batches each
+    assert all(key.startswith("model.") for key in state["state_dict"])
+    tags, terms = read(folder).Tags(), ["content", "style", "correlation", "patch_nce"]
+    assert {f"train/{name}" for name in ["loss", *terms]} <= set(tags["scalars"])
+    for stage in ("train", "val"):
+        assert {f"mghf/{stage}/term/{name}" for name in terms} <= set(tags["scalars"])
+        assert f"mghf/{stage}/energy/level3_sr" in tags["scalars"]
+        assert {f"mghf/{stage}/heatmap/{name}" for name in [*terms, "total"]} <= set(tags["images"])

@@ -48,7 +48,7 @@ class MGHFnLoss(nn.Module):
         reduction: `"mean"`, `"sum"` or `"none"` (per image).
         memory: `"low"` computes SR's features again in the backward pass instead of keeping what is inside each
             coupling: the same gradient with 17 % of the bytes that wait for the backward pass, 73 % of the peak,
-            in 1.6 times the time (1 x 3 x 128^2, one CPU thread; `benchmarks/memory.py`).
+            in 1.6 times the time (1 x 3 x 128^2, one CPU thread; `benchmarks/losses.py`).
         cache_gt: keep the features of the last GT between calls, for a step that compares several SR images with one
             GT tensor. See `mghf_loss.gt_cache.GTCache` for when they are used and when not.
 
@@ -111,7 +111,7 @@ class MGHFLoss(nn.Module):
             `"high"` (as accurate as float32). The networks, and everything on a CPU, compute in float32 either way.
         memory: `"low"` computes SR's features again in the backward pass instead of keeping what is inside each
             coupling: the same gradient with 22 % of the bytes that wait for the backward pass, 68 % of the peak,
-            in 1.5 times the time (1 x 3 x 128^2, one CPU thread; `benchmarks/memory.py`).
+            in 1.5 times the time (1 x 3 x 128^2, one CPU thread; `benchmarks/losses.py`).
             The DINO term recomputes its blocks.
         cache_gt: keep the features and channel weights of the last GT between calls, for a step that compares several
             SR images with one GT tensor. See `mghf_loss.gt_cache.GTCache` for when they are used and when not.

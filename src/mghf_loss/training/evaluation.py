@@ -194,7 +194,7 @@ def _responses(network: HighFrequencyINN, image: Tensor, generator: torch.Genera
         errors = torch.stack([(a - b).square().mean() for a, b in zip(features, reference, strict=True)]).cpu()
         return torch.cat((errors, errors.mean()[None]))
 
-    found = {name: _at_mse(make(image, generator), image, target) for name, make in DISTORTIONS.items()}
+    found = {name: at_mse(make(image, generator), image, target) for name, make in DISTORTIONS.items()}
     found[SHIFT] = shifted
     errors = {
         name: feature_errors(distorted)
@@ -206,7 +206,7 @@ def _responses(network: HighFrequencyINN, image: Tensor, generator: torch.Genera
     return {name: error / errors["white noise"] for name, error in errors.items()}
 
 
-def _at_mse(distort: Callable[[float], Tensor], image: Tensor, target: float) -> Tensor:
+def at_mse(distort: Callable[[float], Tensor], image: Tensor, target: float) -> Tensor:
     """Bisect the strength in [0, 1] of a distortion for the pixel MSE `target`."""
     low, high = 0.0, 1.0
     for _ in range(16):
