@@ -45,9 +45,9 @@ _MOVED = "torchvision.transforms.functional_tensor"
 with needs("basicsr", "pip install basicsr"):
     if importlib.util.find_spec("basicsr") and not importlib.util.find_spec(_MOVED):
         sys.modules[_MOVED] = importlib.import_module("torchvision.transforms._functional_tensor")
-    from basicsr.models.sr_model import SRModel
-    from basicsr.models.srgan_model import SRGANModel
-    from basicsr.utils.registry import LOSS_REGISTRY, MODEL_REGISTRY
+    from basicsr.models.sr_model import SRModel  # type: ignore[import-not-found]
+    from basicsr.models.srgan_model import SRGANModel  # type: ignore[import-not-found]
+    from basicsr.utils.registry import LOSS_REGISTRY, MODEL_REGISTRY  # type: ignore[import-not-found]
 
 
 class MGHFPerceptualLoss(nn.Module):

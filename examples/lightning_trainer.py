@@ -1,0 +1,79 @@
+"""Lightning: bfloat16 precision, gradient accumulation, terms and heat maps in TensorBoard.
+
+    python examples/lightning_trainer.py --images DIR --steps 1000 --out runs
+    tensorboard --logdir runs
+
+Needs `pip install lightning tensorboard`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+import torch.nn.functional as F
+from crops import RandomCrops, options
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from mghf_loss import MGHFLoss
+from mghf_loss.demo import SmallSR, downscale
+from mghf_loss.integrations.lightning import MGHFLogger
+
+
+class SR(lightning.LightningModule):
+    """The model and its loss; the loss's network is in no checkpoint and no optimiser."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = SmallSR()
+        self.criterion = MGHFLoss()
+
+    def training_step(self, gt: Tensor, batch_idx: int) -> dict[str, Tensor]:
+        """Return the loss, and the images for `MGHFLogger`."""
+        sr = self.model(downscale(gt))
+        mghf, terms = self.criterion(sr, gt, return_terms=True)
+        loss = F.l1_loss(sr, gt) + 0.05 * mghf
+        self.log_dict({"train/loss": loss, **{f"train/{name}": value for name, value in terms.items()}})
+        return {"loss": loss, "sr": sr, "gt": gt}
+
+    def validation_step(self, gt: Tensor, batch_idx: int) -> dict[str, Tensor]:
+        """Log the loss of a batch."""
+        sr = self.model(downscale(gt))
+        self.log("val/mghf", self.criterion(sr, gt))
+        return {"sr": sr, "gt": gt}
+
+    def configure_optimizers(self) -> Any:
+        """Adam over the model."""
+        return torch.optim.Adam(self.parameters(), lr=1e-3)
+
+
+def main() -> None:
+    """Train, validate and write logs."""
+    parser = options("Train with Lightning.", steps=50)
+    parser.add_argument("--precision", default="bf16-mixed", help="Lightning's precision")
+    parser.add_argument("--accumulate", type=int, default=2, help="batches an optimiser step")
+    parser.add_argument("--out", type=Path, default=Path("runs"), help="folder of logs and checkpoints")
+    arguments = parser.parse_args()
+    lightning.seed_everything(arguments.seed)
+    trainer = lightning.Trainer(
+        max_steps=arguments.steps,
+        precision=arguments.precision,
+        accumulate_grad_batches=arguments.accumulate,
+        gradient_clip_val=0.2,
+        logger=TensorBoardLogger(arguments.out),
+        callbacks=[MGHFLogger(every=max(1, arguments.steps // 2))],
+        log_every_n_steps=1,
+        num_sanity_val_steps=0,
+    )
+    count = arguments.steps * arguments.accumulate * arguments.batch
+    training = RandomCrops(arguments.images, count, seed=arguments.seed)
+    validation = RandomCrops(arguments.images, 2 * arguments.batch, seed=arguments.seed + 1)
+    trainer.fit(SR(), DataLoader(training, arguments.batch), DataLoader(validation, arguments.batch))
+
+
+if __name__ == "__main__":
+    main()
