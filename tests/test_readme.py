@@ -228,7 +228,10 @@ def help_of(script: Path, *subcommand: str) -> str:
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(output):
         patch.syspath_prepend(script.parent)
         patch.setattr(sys, "argv", [str(script), *subcommand, "--help"])
-        with pytest.raises(SystemExit) as stopped:
-            runpy.run_path(str(script), run_name="__main__")
+        try:
+            with pytest.raises(SystemExit) as stopped:
+                runpy.run_path(str(script), run_name="__main__")
+        except ModuleNotFoundError as error:  # .ci/run repeats this test with the extra of the benchmarks
+            pytest.skip(str(error))
     assert stopped.value.code == 0
     return output.getvalue()
