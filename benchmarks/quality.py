@@ -337,9 +337,14 @@ def loss_settings(config: Config, name: str) -> dict[str, Any]:
         return {"type": None, "options": {}}
     found: dict[str, Any] = {"type": spec.type, "options": dict(spec.options)}
     if spec.type in OURS:
-        found["inn"] = checkpoints.load(spec.options.get("inn", "bundled")).sha256
+        found["inn"] = network_sha256(spec.options.get("inn", "bundled"))
         found["coefficients"] = peers.coefficients(spec.options) if spec.type == "MGHFLoss" else {}
     return found
+
+
+@cache
+def network_sha256(inn: str) -> str:
+    return checkpoints.load(inn).sha256
 
 
 @cache
@@ -562,12 +567,12 @@ def choose(config: Config, out: Path, name: str) -> tuple[float, list[dict[str, 
 
 def factors(config: Config, out: Path, names: Sequence[str]) -> dict[str, float]:
     """The factor of every loss of `names`, and of L1."""
-    result = {PIXEL: 0.0}
-    for name in names:
-        source = factor_source(config, name)
-        fixed = config.losses[source].factor
-        result[name] = choose(config, out, source)[0] if fixed is None else fixed
-    return result
+    source = {name: factor_source(config, name) for name in names}
+    factor: dict[str, float] = {}
+    for name in dict.fromkeys(source.values()):  # a choice reads a file a run: once, however many share it
+        fixed = config.losses[name].factor
+        factor[name] = choose(config, out, name)[0] if fixed is None else fixed
+    return {PIXEL: 0.0, **{name: factor[source[name]] for name in names}}
 
 
 def grid_runs(grid: Grid, factor: Mapping[str, float]) -> list[Run]:

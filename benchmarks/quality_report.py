@@ -216,14 +216,16 @@ def figure_text(summary: Summary, loss: str, metric: str, config: Config) -> str
     return f"{mean:.4g}" + (f" ± {half:.2g}" if half else "") + circle
 
 
+def label(metric: str) -> str:
+    """A metric's name as it is shown, with the direction of the better."""
+    return f"{metric.replace('_', ' ')} {ARROWS[METRICS[metric]]}"
+
+
 def summary_table(summary: Summary, config: Config) -> list[dict[str, str]]:
     return [
         {
             "loss": loss,
-            **{
-                f"{name.replace('_', ' ')} {ARROWS[METRICS[name]]}": figure_text(summary, loss, name, config)
-                for name in measured(summary)
-            },
+            **{label(name): figure_text(summary, loss, name, config) for name in measured(summary)},
         }
         for loss in summary
     ]
@@ -292,7 +294,7 @@ def plot_matrix(path: Path, title: str, summary: Summary, reference: str, config
         for column, metric in enumerate(metrics):
             text = figure_text(summary, loss, metric, config)
             axis.text(column, row, text, ha="center", va="center", fontsize=7)
-    axis.set_xticks(range(len(metrics)), [f"{name.replace('_', ' ')} {ARROWS[METRICS[name]]}" for name in metrics])
+    axis.set_xticks(range(len(metrics)), [label(name) for name in metrics])
     axis.tick_params(axis="x", labelrotation=30, labelsize=8, bottom=False, top=True, labelbottom=False, labeltop=True)
     axis.set_yticks(range(len(losses)), losses, fontsize=8)
     known = (
@@ -320,11 +322,9 @@ def plot_curves(
     rows = -(-len(panels) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(6.2 * columns, 4.8 * rows), layout="constrained", squeeze=False)
     names = [name for name in tuned(config) if name in factor]
-    chosen_grid = Grid("", (PIXEL, *names), (config.tuning.model,), (config.tuning.task,), all_seeds(config))
-    summary = summarise(grid_runs(chosen_grid, factor), results, out)
     fixed = [name for name, spec in config.losses.items() if spec.factor is not None and name in factor]
-    fixed_grid = Grid("", tuple(fixed), (config.tuning.model,), (config.tuning.task,), all_seeds(config))
-    fixed_summary = summarise(grid_runs(fixed_grid, factor), results, out)
+    shown = Grid("", (PIXEL, *names, *fixed), (config.tuning.model,), (config.tuning.task,), all_seeds(config))
+    summary = summarise(grid_runs(shown, factor), results, out)
     for axis, metric in zip(axes.flat, panels, strict=False):
         (x, dx), (y, dy) = summary[PIXEL]["psnr"], summary[PIXEL][metric]
         axis.errorbar(x, y, dy, dx, fmt="k*", markersize=13, capsize=3, label=PIXEL, zorder=5)
@@ -337,12 +337,12 @@ def plot_curves(
             if metric in summary.get(name, {}):
                 (x, dx), (y, dy) = summary[name]["psnr"], summary[name][metric]
                 axis.errorbar(x, y, dy, dx, fmt="o", color=f"C{index}", markersize=8, capsize=3, zorder=6)
-        for index, (name, metrics) in enumerate(fixed_summary.items()):
-            if metric in metrics:
-                (x, dx), (y, dy) = metrics["psnr"], metrics[metric]
+        for index, name in enumerate(fixed):
+            if metric in summary.get(name, {}):
+                (x, dx), (y, dy) = summary[name]["psnr"], summary[name][metric]
                 axis.errorbar(x, y, dy, dx, fmt="sD^v"[index % 4], color="black", capsize=3, label=name, zorder=7)
         axis.set_xlabel("PSNR in dB (more is better)")
-        axis.set_ylabel(f"{metric.replace('_', ' ')} {ARROWS[METRICS[metric]]}")
+        axis.set_ylabel(label(metric))
         axis.grid(alpha=0.3)
     for axis in axes.flat[len(panels) :]:
         axis.set_axis_off()
