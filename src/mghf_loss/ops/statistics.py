@@ -49,8 +49,8 @@ def second_order_statistics(
 ) -> SecondOrderStatistics:
     """Gram difference, means, variances, covariance and squared error: (B, C, ...) of SR and GT -> (B, C, C), (B, C).
 
-    Gradient flows to `sr` only. A kernel reads both inputs once forward and once backward, beyond 128 channels once for
-    each block of channels.
+    Gradient flows to `sr` only. A kernel reads both inputs once forward and once backward, beyond 128 channels (64 off
+    Hopper) once for each block of channels.
 
     Args:
         sr: features of SR, any floating dtype; float64 stays float64, all else is computed in float32.

@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-CHANNEL_BLOCK = 128  # channels of a block at most; more take several blocks
+CHANNEL_BLOCK = 128  # channels of a block at most, half as many off Hopper; more take several blocks
 PARTIAL_SHARE = 0.25  # partial Gram matrices may take this share of the inputs' bytes
 MOMENTS = 6
 MOMENT_PARTS = 8  # of a split: pivots, means relative to them, centred sums
@@ -53,26 +53,27 @@ def tiles(channels: int, itemsize: int, precision: str, capability: tuple[int, i
     """
     hopper = capability[0] == 9  # 227 KB of shared memory; others have 99 KB at least
     high = precision == "high"
-    largest = CHANNEL_BLOCK if aligned or hopper else CHANNEL_BLOCK // 2
+    largest = CHANNEL_BLOCK if hopper else CHANNEL_BLOCK // 2
     block = min(largest, max(16, triton.next_power_of_2(channels)))
     blocks = triton.cdiv(channels, block)
     off = launch_options(8, 2) if hopper or high else launch_options(8, 3)
     if block <= 16:
-        forward, back = (64, launch_options(4, 3)), (16, 64 if high else 128, launch_options(4, 1))
+        forward = (64 if aligned else 32, launch_options(4, 3))
+        back = (16, 64 if high else 128, launch_options(4, 1))
     elif not aligned:
-        forward = (16, launch_options(8, 1 if block > 64 or high else 2))
+        forward = (32 if high and block <= 64 else 16, launch_options(8, 1 if block > 64 or high else 2))
         off = forward[1]
         back = (16 if high else 32, 32, launch_options(8, 1))
     elif block <= 64:
         if high:
             forward = (32, launch_options(8, 2))
-        elif itemsize == 2:
-            forward = (64 if hopper else 32, launch_options(8, 3))
+        elif blocks > 1:  # both matrices of a block off the diagonal
+            forward = (16, launch_options(8, 3))
         else:
-            forward = (32, launch_options(4, 3))
+            forward = (64 if hopper and itemsize == 2 else 32, launch_options(8, 3))
         back = (16, 64, launch_options(8, 1)) if high else (block, 64 if hopper else 32, launch_options(8, 1))
     else:
-        forward = (32, launch_options(8, 3)) if hopper and not high else (16, launch_options(8, 2))
+        forward = (16, launch_options(8, 2)) if high else (32, launch_options(8, 3))
         back = (16, 64, launch_options(8, 1)) if high else (32, 64, launch_options(8, 2))
     return Tiles(block, blocks, *forward, off, *back)
 
