@@ -11,20 +11,36 @@ from torch import Tensor, nn
 from .. import dino, mghf
 
 
-class WeightedLoss(nn.Module):
+class RegisteredLoss(nn.Module):
+    """A loss of this package as options describe it, with a `loss_weight`.
+
+    Args:
+        loss_weight: factor of the loss, a finite number of at least 0.
+        options: of `loss_class`; an unknown one is a `TypeError`.
+
+    Attributes:
+        criterion: the loss, a `loss_class`.
+        loss_weight: the factor. The subclass says who multiplies by it.
+    """
+
+    loss_class: type[nn.Module]
+
+    def __init__(self, loss_weight: float = 1.0, **options: Any) -> None:
+        super().__init__()
+        self.loss_weight = check_loss_weight("loss_weight", loss_weight)
+        check_scalar(options.get("reduction"))
+        self.criterion = self.loss_class(**options)
+
+
+class WeightedLoss(RegisteredLoss):
     """loss_weight * criterion(sr, gt), sr, gt (B, 3, H, W) in the criterion's input range -> 0-d tensor.
 
     Attributes:
-        criterion: the loss of this package.
-        loss_weight: its factor, applied here and nowhere else.
         terms: the terms of the last call by name: unweighted, detached, 0-d; empty before the first.
     """
 
-    def __init__(self, criterion: nn.Module, loss_weight: float = 1.0) -> None:
-        super().__init__()
-        check_scalar(criterion.reduction)
-        self.criterion = criterion
-        self.loss_weight = check_loss_weight("loss_weight", loss_weight)
+    def __init__(self, loss_weight: float = 1.0, **options: Any) -> None:
+        super().__init__(loss_weight, **options)
         self.terms: dict[str, Tensor] = {}
 
     def forward(self, sr: Tensor, gt: Tensor) -> Tensor:
@@ -34,24 +50,21 @@ class WeightedLoss(nn.Module):
 
 
 class MGHFLoss(WeightedLoss):
-    """`loss_weight` times `mghf_loss.MGHFLoss(**options)`; an unknown option is a `TypeError`."""
+    """`loss_weight` times `mghf_loss.MGHFLoss(**options)`."""
 
-    def __init__(self, loss_weight: float = 1.0, **options: Any) -> None:
-        super().__init__(mghf.MGHFLoss(**options), loss_weight)
+    loss_class = mghf.MGHFLoss
 
 
 class MGHFnLoss(WeightedLoss):
-    """`loss_weight` times `mghf_loss.MGHFnLoss(**options)`; an unknown option is a `TypeError`."""
+    """`loss_weight` times `mghf_loss.MGHFnLoss(**options)`."""
 
-    def __init__(self, loss_weight: float = 1.0, **options: Any) -> None:
-        super().__init__(mghf.MGHFnLoss(**options), loss_weight)
+    loss_class = mghf.MGHFnLoss
 
 
 class DinoJSDLoss(WeightedLoss):
-    """`loss_weight` times `mghf_loss.DinoJSDLoss(**options)`; an unknown option is a `TypeError`."""
+    """`loss_weight` times `mghf_loss.DinoJSDLoss(**options)`."""
 
-    def __init__(self, loss_weight: float = 1.0, **options: Any) -> None:
-        super().__init__(dino.DinoJSDLoss(**options), loss_weight)
+    loss_class = dino.DinoJSDLoss
 
 
 def loss_and_terms(criterion: nn.Module, sr: Tensor, gt: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

@@ -21,39 +21,29 @@ it. Earlier versions expect the loss to multiply: use the classes of `mghf_loss.
 
 from __future__ import annotations
 
-from typing import Any
-
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import dino, mghf, terms
 from . import needs
-from .registered import check_loss_weight, check_scalar, register
+from .registered import RegisteredLoss, register
 
 with needs("traiNNer", "see https://github.com/the-database/traiNNer-redux"):
     from traiNNer.utils.registry import LOSS_REGISTRY  # type: ignore[import-not-found]
 
 
-class _Criterion(nn.Module):
-    """A loss of this package with the attribute `loss_weight`, by which it does not multiply."""
-
-    def __init__(self, criterion: nn.Module, loss_weight: float) -> None:
-        super().__init__()
-        check_scalar(criterion.reduction)
-        self.criterion = criterion
-        self.loss_weight = check_loss_weight("loss_weight", loss_weight)
+class _UnweightedLoss(RegisteredLoss):
+    """criterion(sr, gt), sr, gt (B, 3, H, W); the trainer multiplies by `loss_weight`."""
 
     def forward(self, sr: Tensor, gt: Tensor) -> Tensor | dict[str, Tensor]:
         """Return the loss of `sr` against `gt` without `loss_weight`; gradient to `sr` only."""
         return self.criterion(sr, gt)
 
 
-class MGHFLoss(_Criterion):
-    """`mghf_loss.MGHFLoss(**options)` as {name: coefficient * term}; an unknown option is a `TypeError`."""
+class MGHFLoss(_UnweightedLoss):
+    """`mghf_loss.MGHFLoss(**options)` as {name: coefficient * term}."""
 
+    loss_class = mghf.MGHFLoss
     criterion: mghf.MGHFLoss
-
-    def __init__(self, loss_weight: float = 1.0, **options: Any) -> None:
-        super().__init__(mghf.MGHFLoss(**options), loss_weight)
 
     def forward(self, sr: Tensor, gt: Tensor) -> dict[str, Tensor]:
         """Return coefficient * term by name, 0-d, without `loss_weight`; gradient to `sr` only."""
@@ -64,18 +54,16 @@ class MGHFLoss(_Criterion):
         }
 
 
-class MGHFnLoss(_Criterion):
-    """`mghf_loss.MGHFnLoss(**options)`; an unknown option is a `TypeError`."""
+class MGHFnLoss(_UnweightedLoss):
+    """`mghf_loss.MGHFnLoss(**options)`."""
 
-    def __init__(self, loss_weight: float = 1.0, **options: Any) -> None:
-        super().__init__(mghf.MGHFnLoss(**options), loss_weight)
+    loss_class = mghf.MGHFnLoss
 
 
-class DinoJSDLoss(_Criterion):
-    """`mghf_loss.DinoJSDLoss(**options)`; an unknown option is a `TypeError`."""
+class DinoJSDLoss(_UnweightedLoss):
+    """`mghf_loss.DinoJSDLoss(**options)`."""
 
-    def __init__(self, loss_weight: float = 1.0, **options: Any) -> None:
-        super().__init__(dino.DinoJSDLoss(**options), loss_weight)
+    loss_class = dino.DinoJSDLoss
 
 
 register(LOSS_REGISTRY, MGHFLoss, MGHFnLoss, DinoJSDLoss)
