@@ -68,7 +68,7 @@ def test_info_names_versions_checkpoint_and_path(capsys):
 
 def test_demo_writes_table_and_pictures(tmp_path, capsys):
     out = tmp_path / "demo"
-    assert cli.main(["demo", "--steps", "3", "--out", str(out), "--device", "cpu"]) == 0
+    assert cli.main(["demo", "--steps", "10", "--out", str(out), "--device", "cpu"]) == 0
     printed = capsys.readouterr().out
     with (out / "table.csv").open() as file:
         rows = list(csv.DictReader(file))

@@ -120,7 +120,8 @@ def _train(
     torch.manual_seed(seed)
     run = Run(name, SmallSR().to(device))
     optimiser = torch.optim.Adam(run.model.parameters(), lr=1e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=1.5e-3, total_steps=steps, pct_start=0.1)
+    warm_up = 0.1 if steps > 10 else 0.3  # OneCycleLR divides by steps * warm_up - 1
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=1.5e-3, total_steps=steps, pct_start=warm_up)
     crops = torch.Generator().manual_seed(seed)
     patches = torch.Generator(device).manual_seed(seed)
     progress = tqdm(range(steps), desc=name, unit="step")
