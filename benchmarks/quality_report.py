@@ -118,7 +118,8 @@ def describe_runs(config: Config, results: Mapping[Path, Mapping[str, Any]]) -> 
     return (
         f"{training.steps} steps of {training.batch} x {training.crop}²; {', '.join(devices)}; "
         f"PyTorch {', '.join(versions)}; {', '.join(dates)}. Mean ± half the range over seeds. "
-        f"{CIRCLE}: the loss minimises this measure, or another in the same network."
+        f"{CIRCLE}: the loss minimises this measure, or another in the same network. "
+        "Every measure is described in benchmarks/metrics.py."
     )
 
 
@@ -349,7 +350,8 @@ def plot_curves(
     axes[0, 0].legend(fontsize=8)
     ratios = ", ".join(f"{ratio:g}" for ratio in config.tuning.ratios)
     figure.suptitle(
-        f"{config.tuning.model}, {config.tuning.task}: factors of {ratios} times L1's gradient; disc: chosen",
+        f"{config.tuning.model}, {config.tuning.task}: factors of {ratios} times L1's gradient, "
+        f"seed {config.tuning.seed}; disc: chosen, mean and range over seeds",
         fontsize=10,
     )
     save(figure, path)
@@ -405,7 +407,9 @@ def plot_crops(path: Path, config: Config, out: Path, factor: Mapping[str, float
                 axis.set_title(name, fontsize=9)
         row[0].set_ylabel(f"HaarPSI {gain:+.3f}", fontsize=8)
     figure.suptitle(
-        f"largest gains (upper three) and losses (lower three) of {losses[-1]} against {PIXEL}", fontsize=10
+        f"scikit-image's photographs: largest gains (upper three) and losses (lower three) of {losses[-1]} "
+        f"against {PIXEL}",
+        fontsize=10,
     )
     save(figure, path)
 
