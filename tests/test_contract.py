@@ -353,6 +353,42 @@ def test_heatmap_has_every_term_and_is_zero_where_nothing_changed(build):
     assert set(build("MGHFLoss").heatmap(sr, gt)) == {*TERMS, "total"}
 
 
+@pytest.mark.parametrize("name", ["MGHFnLoss", "MGHFLoss", "DinoJSDLoss"])
+@pytest.mark.parametrize("grad", ["with gradients", "without", "in inference mode"])
+def test_heatmaps_are_smoothed_norms_of_each_images_own_gradient(name, grad, build):
+    criterion = build(name, reduction="sum")
+    sr, gt = random_pair(2, 3, 24, 32)
+    sr.requires_grad_()
+    values = criterion.term_values(sr, gt, torch.Generator().manual_seed(0))
+    gradients = {
+        term: criterion.coefficients[term] * torch.autograd.grad(value.sum(), sr, retain_graph=True)[0]
+        for term, value in values.items()
+    }
+    gradients["total"] = torch.stack(list(gradients.values())).sum(0)
+    modes = {"with gradients": torch.enable_grad, "without": torch.no_grad}
+    with modes.get(grad, torch.inference_mode)():
+        images = (sr, gt) if grad == "with gradients" else (sr.clone(), gt.clone())
+        maps = criterion.heatmap(*images, generator=torch.Generator().manual_seed(0))
+    assert list(maps) == list(gradients)
+    for term, gradient in gradients.items():
+        norm = gradient.square().sum(1).sqrt()
+        expected = torch.stack(
+            [
+                norm[:, max(0, i - 2) : i + 3, max(0, j - 2) : j + 3].mean((1, 2))
+                for i in range(norm.shape[1])
+                for j in range(norm.shape[2])
+            ],
+            dim=1,
+        )
+        torch.testing.assert_close(maps[term].flatten(1), expected, rtol=1e-4, atol=1e-5 * expected.max().item())
+
+
+def test_heatmaps_of_half_precision_lose_nothing(build):
+    sr, gt = (image.half() for image in random_pair(1, 3, 64, 64))
+    criterion = build("MGHFnLoss")
+    torch.testing.assert_close(criterion.heatmap(sr, gt), criterion.heatmap(sr.float(), gt.float()))
+
+
 IMAGE = torch.rand(1, 3, 16, 16)
 BAD_INPUTS: dict[str, tuple[object, object, type[Exception], str]] = {
     "other shape": (IMAGE, torch.rand(1, 3, 16, 24), ValueError, r"sr \(1, 3, 16, 16\) and gt \(1, 3, 16, 24\)"),

@@ -8,8 +8,10 @@ import sys
 import types
 import warnings
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
@@ -106,7 +108,6 @@ def test_trainner_redux_contract(trainer, tiny_dino, loss_weight):
         loss = loss.to("cpu", memory_format=torch.channels_last, non_blocking=True)
         with torch.autocast("cpu", torch.bfloat16):
             values = seeded(loss, sr, gt)
-        values = values if isinstance(values, dict) else {"": values}
         logged = {name: value * abs(loss.loss_weight) for name, value in values.items() if value > 0}
         return torch.stack(list(logged.values())).sum(), logged
 
@@ -115,8 +116,10 @@ def test_trainner_redux_contract(trainer, tiny_dino, loss_weight):
     bare = MGHFLoss({"style": 500.0})
     torch.testing.assert_close(total, loss_weight * seeded(bare, sr, gt))
     torch.testing.assert_close(*(torch.autograd.grad(v, sr)[0] for v in (total, loss_weight * seeded(bare, sr, gt))))
-    assert set(step({"type": "MGHFnLoss"})[1]) == {""}
+    assert set(step({"type": "MGHFnLoss"})[1]) == {"content"}
     torch.testing.assert_close(step({"type": "MGHFnLoss"})[0], loss_weight * MGHFnLoss()(sr, gt))
+    summed = step({"type": "MGHFnLoss", "reduction": "sum"})[0]
+    torch.testing.assert_close(summed, loss_weight * MGHFnLoss(reduction="sum")(sr, gt))
     with torch.autocast("cpu", torch.bfloat16):
         expected = loss_weight * DinoJSDLoss(tiny_dino)(sr, gt)
     torch.testing.assert_close(step({"type": "DinoJSDLoss", "model": tiny_dino})[0], expected)
@@ -221,6 +224,23 @@ def test_basicsr_gan_logs_terms_only_where_the_generator_was_trained(basicsr):
     assert logs[1]["l_g_percep"] == pytest.approx(sum(values), rel=1e-5)
 
 
+def test_basicsr_terms_are_averaged_over_processes_before_they_are_logged(basicsr):
+    class Base:
+        def __init__(self) -> None:
+            self.cri_pix, self.log_dict, self.image = registered.MGHFnLoss(), {}, torch.rand(1, 3, 16, 16)
+
+        def optimize_parameters(self, current_iter: int) -> None:
+            self.cri_pix(self.image, self.image.flip(-1))
+
+        def reduce_loss_dict(self, losses: dict[str, Tensor]) -> dict[str, float]:
+            """BasicSR's way to the mean over processes."""
+            return {name: value.item() / 4 for name, value in losses.items()}
+
+    model = type("Model", (basicsr.LogsTerms, Base), {})()
+    model.optimize_parameters(1)
+    assert model.log_dict == {"l_pix_content": model.cri_pix.terms["content"].item() / 4}
+
+
 def test_a_name_that_is_anothers_is_not_passed_over():
     registry = Registry(lower=False)
     registry.register(type("MGHFLoss", (), {"__module__": "elsewhere"}))
@@ -281,15 +301,26 @@ def read(folder):
     return events
 
 
+def picture(events, tag: str) -> Tensor:
+    """The images of a tag, (B, H, W, 3) in 0 to 255; TensorBoard's row of them cut up again."""
+    import io
+
+    image = Image.open(io.BytesIO(events.Images(tag)[0].encoded_image_string)).convert("RGB")
+    row = torch.from_numpy(np.array(image))
+    return torch.stack(row.split(row.shape[0], dim=1)).float()
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # TensorBoard's own
-def test_log_pair_writes_terms_energies_and_pictures(tmp_path):
-    criterion = MGHFLoss(input_range=(-1, 1), reduction="none")
-    gt = 2 * torch.rand(3, 3, 32, 32) - 1
-    sr = torch.nn.functional.avg_pool2d(gt, 5, 1, 2)  # its details are gone
-    state = torch.get_rng_state()
-    with SummaryWriter(str(tmp_path)) as writer:
-        log_pair(writer, criterion, sr, gt, 7, images=2)
-    assert torch.equal(torch.get_rng_state(), state)  # the training goes on as without logs
+@pytest.mark.parametrize("inference", [False, True])
+def test_log_pair_writes_terms_energies_and_pictures(tmp_path, inference):
+    criterion = MGHFLoss(input_range=(0, 255), reduction="none")
+    with torch.inference_mode(inference):
+        gt = 255 * torch.rand(3, 3, 32, 32)
+        sr = torch.nn.functional.avg_pool2d(gt, 5, 1, 2)  # its details are gone
+        state = torch.get_rng_state()
+        with SummaryWriter(str(tmp_path)) as writer:
+            log_pair(writer, criterion, sr, gt, 7, images=2)
+        assert torch.equal(torch.get_rng_state(), state)  # the training goes on as without logs
     events = read(tmp_path)
     scalars = {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
     energies = {f"mghf/energy/level{level}_{name}" for level in (1, 2, 3) for name in ("sr", "gt")}
@@ -299,12 +330,30 @@ def test_log_pair_writes_terms_energies_and_pictures(tmp_path):
     loss, terms = criterion(sr, gt, return_terms=True, generator=generator)
     assert scalars["mghf/loss"][0].value == pytest.approx(loss.mean().item(), rel=1e-6)
     assert scalars["mghf/term/style"][0].value == pytest.approx(terms["style"].mean().item(), rel=1e-6)
-    features = criterion.inn.network.features(gt)
-    assert scalars["mghf/energy/level1_gt"][0].value == pytest.approx(features[0].square().mean().item(), rel=1e-6)
+    features = criterion.inn.network.features(2 * gt / 255 - 1)
+    assert scalars["mghf/energy/level1_gt"][0].value == pytest.approx(features[0].square().mean().item(), rel=1e-5)
     assert scalars["mghf/energy/level1_sr"][0].value < 0.5 * scalars["mghf/energy/level1_gt"][0].value
     pictures = {"mghf/sr", "mghf/gt", *(f"mghf/heatmap/{name}" for name in [*TERMS, "total"])}
     assert set(events.Tags()["images"]) == pictures
-    assert events.Images("mghf/sr")[0].height == 2 * 32 or events.Images("mghf/sr")[0].width == 2 * 32
+    for name, image in (("sr", sr), ("gt", gt)):
+        assert (picture(events, f"mghf/{name}") - image[:2].permute(0, 2, 3, 1)).abs().max() <= 1
+    for name, heat in criterion.heatmap(sr[:2], gt[:2], generator=generator).items():  # the places go on
+        shown = picture(events, f"mghf/heatmap/{name}")
+        expected = 255 * (heat / heat.flatten().sort().values[round(0.99 * heat.numel()) - 1]).clamp(max=1)
+        assert (shown - expected[..., None]).abs().max() <= 2, name
+        assert shown.max() == 255
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("name", ["MGHFnLoss", "DinoJSDLoss"])
+def test_log_pair_takes_the_other_losses(tmp_path, tiny_dino, name):
+    criterion = MGHFnLoss() if name == "MGHFnLoss" else DinoJSDLoss(tiny_dino)
+    with SummaryWriter(str(tmp_path)) as writer:
+        log_pair(writer, criterion, *pair(), 1, tag="val", images=1)
+    tags, term = read(tmp_path).Tags(), "content" if name == "MGHFnLoss" else "dino_jsd"
+    assert {tag for tag in tags["scalars"] if "energy" not in tag} == {"val/loss", f"val/term/{term}"}
+    assert len(tags["scalars"]) == 2 + 6 * (name == "MGHFnLoss")
+    assert set(tags["images"]) == {"val/sr", "val/gt", f"val/heatmap/{term}", "val/heatmap/total"}
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -318,7 +367,7 @@ def test_log_pair_without_pictures_and_without_the_network(tmp_path, tiny_dino):
 
 
 def test_log_pair_refuses_what_has_no_terms():
-    with pytest.raises(TypeError, match="criterion must be an MGHFLoss, got MGHFnLoss"):
-        log_pair(None, MGHFnLoss(), *pair(), 1)
+    with pytest.raises(TypeError, match="criterion must be a loss of this package, got L1Loss"):
+        log_pair(None, torch.nn.L1Loss(), *pair(), 1)
     with pytest.raises(ValueError, match="images must be at least 0, got -1"):
         log_pair(None, MGHFLoss(), *pair(), 1, images=-1)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from . import images, terms
 from .checkpoints import CheckpointError, download_failure
+from .criterion import Criterion
 from .frozen import Frozen
 from .gt_cache import GTCache
 from .memory import Memory, check_memory
@@ -20,7 +21,7 @@ Tokens = Literal["class", "patch"]
 DEFAULT_MODEL = "vit_small_patch14_dinov2.lvd142m"
 
 
-class DinoJSDLoss(nn.Module):
+class DinoJSDLoss(Criterion):
     """JSD(p_sr || p_gt) with p = softmax(e / T) over the embedding dimension: sr, gt (B, 3, H, W) -> nats in [0, ln 2].
 
     e is the class token's embedding (`tokens="class"`), or every patch token's, averaged over patches
@@ -69,7 +70,8 @@ class DinoJSDLoss(nn.Module):
         self.tokens = tokens
         self.temperature = temperature
         self.input_range = images.check_range(input_range)
-        self.reduction: terms.Reduction = terms.check_reduction(reduction)
+        self.coefficients = {"dino_jsd": 1.0}
+        self.reduction = terms.check_reduction(reduction)
         network = _load_dino(model) if isinstance(model, str) else model
         try:
             self.patch_size: tuple[int, int] = tuple(network.patch_embed.patch_size)  # type: ignore[assignment]
@@ -77,22 +79,21 @@ class DinoJSDLoss(nn.Module):
             mean, std = config["mean"], config["std"]
         except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"model must be a timm vision transformer, got {model!r}") from error
-        if check_memory(memory) == "low":
-            network.set_grad_checkpointing()  # type: ignore[operator]
+        network.set_grad_checkpointing(check_memory(memory) == "low")  # type: ignore[operator]
         self.gt_embedding: GTCache[Tensor] = GTCache(cache_gt)
         self.network = Frozen(network)
         self.register_buffer("mean", torch.tensor(mean).reshape(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).reshape(1, 3, 1, 1), persistent=False)
 
-    def forward(self, sr: Tensor, gt: Tensor) -> Tensor:
-        """Return the divergence of `sr` and `gt`, (B, 3, H, W) in `input_range`."""
+    def term_values(self, sr: Tensor, gt: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """`dino_jsd` per image (B,), differentiable in `sr`; nothing is random here."""
         images.check_pair(sr, gt)
         parameter = next(self.network.network.parameters())
         gt_embedding = self.gt_embedding.get(
             gt, self.embed, parameter.dtype, parameter.device, self.input_range, self.tokens
         )
         divergence = jensen_shannon(self.embed(sr) / self.temperature, gt_embedding / self.temperature)
-        return terms.reduce(divergence.mean(1), self.reduction)
+        return {"dino_jsd": divergence.mean(1)}
 
     def embed(self, image: Tensor) -> Tensor:
         """Embeddings (B, tokens, D), in float32 at least: one token, or all patches'."""

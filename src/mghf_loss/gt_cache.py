@@ -20,9 +20,10 @@ class GTCache(Generic[Value]):
     compared, nothing waits for a GPU. So an in-place change (`gt.mul_(2)`, `gt[0] = 0`, `gt.copy_(other)`, also through
     a view or `gt.detach()`) is seen, and a tensor that is new in every call (`batch["gt"][:, :3]`) is never found.
 
-    The value can be stale only after writes that PyTorch does not count: through `gt.data`, NumPy or another process
-    that shares the memory, from inside a captured CUDA graph that is replayed, or to the parameters of the network that
-    computes it.
+    The value can be stale only after writes that PyTorch does not count: by a collective (`dist.broadcast(gt, 0)`), a
+    fused optimiser, through `gt.data`, NumPy or another process that shares the memory, from inside a captured CUDA
+    graph that is replayed, or to the parameters of the network that computes it. After such a write pass a new tensor
+    (`gt.detach()`).
 
     Nothing is remembered under `torch.compile`, in inference mode, for inference tensors and while a CUDA graph is
     captured. Only one GT is; its value dies with it. Copies and pickles of a cache are empty.
@@ -40,12 +41,17 @@ class GTCache(Generic[Value]):
             with torch.no_grad():
                 return compute(gt)
         device = gt.device.type
-        key = (gt._version, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device), *settings)
+        dtype = torch.get_autocast_dtype(device)
+        key = (gt._version, gt.shape, gt.dtype, torch.is_autocast_enabled(device), dtype, *settings)
         remembered = self._last.get(gt)
         if remembered is None or remembered[0] != key:
-            self._last.clear()  # first, so that two values are never held at once
+            self._last = WeakTensorKeyDictionary()  # first, so that two values are never held at once
             with torch.no_grad():
-                remembered = self._last[gt] = key, compute(gt)
+                remembered = key, compute(gt)
+            # Replaced rather than filled: whatever other threads do, there is one.
+            last = WeakTensorKeyDictionary()
+            last[gt] = remembered
+            self._last = last
         return remembered[1]
 
     def __reduce__(self) -> tuple[type[GTCache[Value]], tuple[bool]]:

@@ -6,14 +6,14 @@ import math
 from collections.abc import Mapping
 from numbers import Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, overload
+from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import images, terms
 from .channel_weights import entropy_channel_weights
+from .criterion import Criterion
 from .dino import DEFAULT_MODEL, DinoJSDLoss
 from .frozen import Frozen
 from .gt_cache import GTCache
@@ -33,7 +33,7 @@ DEFAULT_COEFFICIENTS: dict[str, float] = {
 }
 
 
-class MGHFnLoss(nn.Module):
+class MGHFnLoss(Criterion):
     """MGHF-n: mean over levels of mean (F_sr - F_gt)^2, sr, gt (B, 3, H, W) -> scalar in [0, inf).
 
     F are the multi-granular detail features of a frozen invertible network. They are whitened: an error of 1
@@ -69,14 +69,15 @@ class MGHFnLoss(nn.Module):
         cache_gt: bool = False,
     ) -> None:
         super().__init__()
+        self.coefficients = {"content": 1.0}
         self.input_range = images.check_range(input_range)
-        self.reduction: terms.Reduction = terms.check_reduction(reduction)
+        self.reduction = terms.check_reduction(reduction)
         self.memory: Memory = check_memory(memory)
         self.gt_features: GTCache[list[Tensor]] = GTCache(cache_gt)
         self.inn = _frozen_inn(inn)
 
-    def forward(self, sr: Tensor, gt: Tensor) -> Tensor:
-        """Return the loss of `sr` against `gt`, both (B, 3, H, W) in `input_range`; gradient to `sr` only."""
+    def term_values(self, sr: Tensor, gt: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """`content` per image (B,), differentiable in `sr`; nothing is random here."""
         network = self.inn.network
         images.check_pair(sr, gt, least_size=network.stride)
         gt_features = self.gt_features.get(
@@ -84,10 +85,10 @@ class MGHFnLoss(nn.Module):
         )
         sr_features = _features(network, sr, self.input_range, self.memory)
         per_level = [terms.content(s, g, reduction="none") for s, g in zip(sr_features, gt_features, strict=True)]
-        return terms.reduce(_mean(per_level), self.reduction)
+        return {"content": _mean(per_level)}
 
 
-class MGHFLoss(nn.Module):
+class MGHFLoss(Criterion):
     """MGHF-c: sum of coefficient * term on weighted features, sr, gt (B, 3, H, W) -> scalar in [0, inf).
 
     The terms, each a mean over the network's levels, are `content` (MSE), `style` (Gram matrices),
@@ -147,66 +148,14 @@ class MGHFLoss(nn.Module):
         if not isinstance(prune, Real) or not 0 <= prune < 1:
             raise ValueError(f"prune must be a fraction in [0, 1), got {prune!r}")
         self.prune = prune
-        self.reduction: terms.Reduction = terms.check_reduction(reduction)
+        self.reduction = terms.check_reduction(reduction)
         self.precision: Precision = check_precision(precision)
         self.memory: Memory = check_memory(memory)
         self.gt_levels: GTCache[list[tuple[Tensor, Tensor]]] = GTCache(cache_gt)
         self.inn = _frozen_inn(inn) if set(self.coefficients) - {"dino_jsd"} else None
         self.dino = None
         if "dino_jsd" in self.coefficients:
-            self.dino = DinoJSDLoss(dino, input_range=input_range, reduction="none", memory=memory, cache_gt=cache_gt)
-
-    @overload
-    def forward(
-        self,
-        sr: Tensor,
-        gt: Tensor,
-        *,
-        return_terms: Literal[False] = False,
-        generator: torch.Generator | None = None,
-    ) -> Tensor: ...
-
-    @overload
-    def forward(
-        self, sr: Tensor, gt: Tensor, *, return_terms: Literal[True], generator: torch.Generator | None = None
-    ) -> tuple[Tensor, dict[str, Tensor]]: ...
-
-    def forward(
-        self, sr: Tensor, gt: Tensor, *, return_terms: bool = False, generator: torch.Generator | None = None
-    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss of `sr` against `gt`, both (B, 3, H, W) in `input_range`; gradient to `sr` only.
-
-        Args:
-            sr: super-resolved images.
-            gt: ground truth; never gets a gradient.
-            return_terms: also return the unweighted terms by name, detached, reduced like the loss.
-            generator: source of PatchNCE's random places; the global one where None.
-        """
-        values = self.term_values(sr, gt, generator)
-        total = sum(self.coefficients[name] * value for name, value in values.items())
-        assert isinstance(total, Tensor)
-        loss = terms.reduce(total, self.reduction)
-        if not return_terms:
-            return loss
-        return loss, {name: terms.reduce(value.detach(), self.reduction) for name, value in values.items()}
-
-    def heatmap(self, sr: Tensor, gt: Tensor, *, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """|d(coefficient * term) / d sr| of every term and their `total`: where a step would change SR, (B, H, W).
-
-        The Euclidean norm over colours of each image's gradient, averaged over 5 x 5 pixels.
-        """
-        with torch.enable_grad():
-            sr = sr.detach().requires_grad_()
-            values = self.term_values(sr, gt, generator)
-            gradients = {
-                name: torch.autograd.grad(self.coefficients[name] * value.sum(), sr, retain_graph=True)[0]
-                for name, value in values.items()
-            }
-        gradients["total"] = torch.stack(list(gradients.values())).sum(0)
-        return {
-            name: F.avg_pool2d(gradient.norm(dim=1), 5, stride=1, padding=2, count_include_pad=False)
-            for name, gradient in gradients.items()
-        }
+            self.dino = DinoJSDLoss(dino, input_range=input_range, memory=memory, cache_gt=cache_gt)
 
     def term_values(self, sr: Tensor, gt: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """Unweighted terms that have a coefficient, by name and per image (B,), differentiable in `sr`."""
@@ -222,7 +171,7 @@ class MGHFLoss(nn.Module):
             per_level = [self._level_terms(sr, gt, weights, generator) for sr, (gt, weights) in levels]
             values = {name: _mean([level[name] for level in per_level]) for name in per_level[0]}
         if self.dino is not None:
-            values["dino_jsd"] = self.dino(sr, gt)
+            values |= self.dino.term_values(sr, gt)
         return values
 
     def _gt_levels(self, network: HighFrequencyINN, gt: Tensor) -> list[tuple[Tensor, Tensor]]:

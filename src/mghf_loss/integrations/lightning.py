@@ -24,6 +24,7 @@ network, and which moves it to the device.
     lightning.Trainer(logger=TensorBoardLogger("runs"), callbacks=[MGHFLogger(every=500)], precision="bf16-mixed")
 
 Also written for validation where `validation_step` returns {"sr": sr, "gt": gt}. See examples/lightning_trainer.py.
+With manual optimisation `global_step` counts the steps of all optimisers: two per batch in a GAN.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from ..mghf import MGHFLoss
+from ..criterion import Criterion
 from . import needs
 from .tensorboard import log_pair
 
@@ -47,17 +48,19 @@ class MGHFLogger(Callback):
     """Writes `log_pair` of `mghf_loss.integrations.tensorboard` every so many optimiser steps, and in validation.
 
     Takes `sr` and `gt` from what `training_step` and `validation_step` return, a mapping with these keys; in validation
-    from the first batch of each data loader. Writes on the first process alone, to every `TensorBoardLogger`, with tags
-    `mghf/train/...` and `mghf/val/...`; the step is the trainer's `global_step`, which counts optimiser steps.
+    from the first batch of each data loader. A step that returns None is passed over. Writes on the first process
+    alone, to every `TensorBoardLogger`, with tags `mghf/train/...` and `mghf/val/...`; the step is the trainer's
+    `global_step`, which counts optimiser steps. Nothing is written with `fast_dev_run`, which has no logger.
 
     Args:
-        criterion: name of the module's attribute that is the `MGHFLoss`.
+        criterion: name of the module's attribute that is a loss of this package.
         every: optimiser steps between two logs of training; None for none.
         images: pictures of each log at most; 0 for scalars alone, which spares the backward passes of the heat maps.
 
     Raises:
         ValueError: an argument is not as above, or the trainer has no `TensorBoardLogger`.
-        TypeError: the attribute is no `MGHFLoss`, or a step returns no mapping with `sr` and `gt`.
+        TypeError: the attribute is no loss of this package, or a step returns something else without `sr` and `gt`;
+            at the first batch, that of Lightning's sanity check included, and on every process.
     """
 
     def __init__(self, criterion: str = "criterion", every: int | None = 500, images: int = 4) -> None:
@@ -68,23 +71,31 @@ class MGHFLogger(Callback):
         self.criterion = criterion
         self.every = every
         self.images = images
-        self._last: int | None = None
+        self._last = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check what would otherwise fail after hours."""
-        if not isinstance(getattr(pl_module, self.criterion, None), MGHFLoss):
-            raise TypeError(f"{type(pl_module).__name__}.{self.criterion} must be an MGHFLoss for MGHFLogger")
-        if trainer.is_global_zero and not self._writers(trainer):
+        if not isinstance(getattr(pl_module, self.criterion, None), Criterion):
+            raise TypeError(f"{type(pl_module).__name__}.{self.criterion} must be a loss of mghf-loss for MGHFLogger")
+        dry = getattr(trainer, "fast_dev_run", False)
+        if trainer.is_global_zero and not dry and not self._writers(trainer):
             raise ValueError(f"MGHFLogger needs a TensorBoardLogger, got the loggers {trainer.loggers}")
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Count from here: the steps before a resumption were logged."""
+        self._last = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log after optimiser steps `every`, 2 * `every`, ..., once each, whatever is accumulated."""
-        step = trainer.global_step
-        if self.every is not None and step and step % self.every == 0 and step != self._last:
+        """Log where another `every` steps are done, once each, whatever is accumulated and however many optimisers."""
+        if self.every is None:
+            return
+        pair = self._pair(outputs, "training_step")
+        step, last = trainer.global_step, self._last
+        if pair and step // self.every > last // self.every:
             self._last = step
-            self._log(trainer, pl_module, outputs, "training_step", "mghf/train")
+            self._log(trainer, pl_module, *pair, "mghf/train")
 
     def on_validation_batch_end(
         self,
@@ -96,21 +107,29 @@ class MGHFLogger(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Log the first batch of a data loader."""
-        if batch_idx == 0 and not trainer.sanity_checking:
-            tag = f"mghf/val{dataloader_idx}" if dataloader_idx else "mghf/val"
-            self._log(trainer, pl_module, outputs, "validation_step", tag)
-
-    def _log(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, method: str, tag: str) -> None:
-        if not trainer.is_global_zero:
+        if batch_idx:
             return
+        pair = self._pair(outputs, "validation_step")
+        if pair and not trainer.sanity_checking:
+            self._log(trainer, pl_module, *pair, f"mghf/val{dataloader_idx}" if dataloader_idx else "mghf/val")
+
+    @staticmethod
+    def _pair(outputs: Any, method: str) -> tuple[Tensor, Tensor] | None:
+        """`sr` and `gt` of a step, or None where it returned nothing."""
+        if outputs is None or (isinstance(outputs, Mapping) and not outputs):  # the training loop's word for None
+            return None
         sr, gt = (outputs.get(name) if isinstance(outputs, Mapping) else None for name in ("sr", "gt"))
         if not isinstance(sr, Tensor) or not isinstance(gt, Tensor):
             raise TypeError(
                 f'{method} must return a dictionary with "sr" and "gt" for MGHFLogger, got {outputs!r:.200}'
             )
-        criterion, step = getattr(pl_module, self.criterion), trainer.global_step
-        for writer in self._writers(trainer):
-            log_pair(writer, criterion, sr, gt, step, tag=tag, images=self.images)
+        return sr, gt
+
+    def _log(self, trainer: Trainer, pl_module: LightningModule, sr: Tensor, gt: Tensor, tag: str) -> None:
+        if trainer.is_global_zero:
+            criterion = getattr(pl_module, self.criterion)
+            for writer in self._writers(trainer):
+                log_pair(writer, criterion, sr, gt, trainer.global_step, tag=tag, images=self.images)
 
     @staticmethod
     def _writers(trainer: Trainer) -> list[SummaryWriter]:

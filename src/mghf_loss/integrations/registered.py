@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .. import dino, mghf
+from ..criterion import Criterion
 
 
 class RegisteredLoss(nn.Module):
@@ -23,7 +24,7 @@ class RegisteredLoss(nn.Module):
         loss_weight: the factor. The subclass says who multiplies by it.
     """
 
-    loss_class: type[nn.Module]
+    loss_class: type[Criterion]
 
     def __init__(self, loss_weight: float = 1.0, **options: Any) -> None:
         super().__init__()
@@ -45,7 +46,7 @@ class WeightedLoss(RegisteredLoss):
 
     def forward(self, sr: Tensor, gt: Tensor) -> Tensor:
         """Return the weighted loss of `sr` against `gt`; gradient to `sr` only."""
-        loss, self.terms = loss_and_terms(self.criterion, sr, gt)
+        loss, self.terms = self.criterion(sr, gt, return_terms=True)
         return self.loss_weight * loss
 
 
@@ -65,14 +66,6 @@ class DinoJSDLoss(WeightedLoss):
     """`loss_weight` times `mghf_loss.DinoJSDLoss(**options)`."""
 
     loss_class = dino.DinoJSDLoss
-
-
-def loss_and_terms(criterion: nn.Module, sr: Tensor, gt: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss of one of the three losses, and its unweighted terms by name, detached."""
-    if isinstance(criterion, mghf.MGHFLoss):
-        return criterion(sr, gt, return_terms=True)
-    loss = criterion(sr, gt)
-    return loss, {"dino_jsd" if isinstance(criterion, dino.DinoJSDLoss) else "content": loss.detach()}
 
 
 def check_scalar(reduction: Any) -> None:

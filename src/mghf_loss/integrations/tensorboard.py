@@ -17,53 +17,65 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..criterion import Criterion
 from ..images import rescale
-from ..mghf import MGHFLoss
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 
 def log_pair(
-    writer: SummaryWriter, criterion: MGHFLoss, sr: Tensor, gt: Tensor, step: int, *, tag: str = "mghf", images: int = 4
+    writer: SummaryWriter,
+    criterion: Criterion,
+    sr: Tensor,
+    gt: Tensor,
+    step: int,
+    *,
+    tag: str = "mghf",
+    images: int = 4,
 ) -> None:
     """Write the terms, heat maps and feature energies of `sr` against `gt`, both (B, 3, H, W), at `step`.
+
+    For all three losses; the energies for the two that have an invertible network.
 
     - `<tag>/loss`, `<tag>/term/<name>`: the loss, and its terms without coefficients, over the batch.
     - `<tag>/energy/level<l>_sr`, `..._gt`: mean F^2 of the network's features at stride 2^l. GT's is about 1 where the
       network knows the kind of image; SR's far below GT's means that detail is missing, far above that it is made up.
     - `<tag>/sr`, `<tag>/gt`, `<tag>/heatmap/<name>` and `.../total`: pictures of the first `images` images; a heat map
-      shows where a step would change SR (`MGHFLoss.heatmap`), in grey, white the largest of its batch but
+      shows where a step would change SR (`Criterion.heatmap`), in grey, white the largest of its batch but
       for one pixel in a hundred.
 
     Costs a forward pass and, for the pictures, a backward pass for each term; `images=0` leaves the pictures out.
     PatchNCE's places follow from `step`: the global random numbers, and so the training, are those of a run
-    without logs.
+    without logs. Also inside `torch.inference_mode()`.
+
+    Raises:
+        ValueError, TypeError: as `criterion(sr, gt)`, and where `criterion` or `images` are not as above.
     """
-    if not isinstance(criterion, MGHFLoss):
-        raise TypeError(f"criterion must be an MGHFLoss, got {type(criterion).__name__}")
+    if not isinstance(criterion, Criterion):
+        raise TypeError(f"criterion must be a loss of this package, got {type(criterion).__name__}")
     if images < 0:
         raise ValueError(f"images must be at least 0, got {images!r}")
     generator = torch.Generator().manual_seed(step)
-    input_range = criterion.input_range
-    sr, gt = sr.detach(), gt.detach()
     with torch.no_grad():
         loss, terms = criterion(sr, gt, return_terms=True, generator=generator)
         writer.add_scalar(f"{tag}/loss", loss.mean().item(), step)
         for name, value in terms.items():
             writer.add_scalar(f"{tag}/term/{name}", value.mean().item(), step)
-        if criterion.inn is not None:
-            network = criterion.inn.network
+        inn = getattr(criterion, "inn", None)
+        if inn is not None:
             for name, image in (("sr", sr), ("gt", gt)):
-                image = rescale(image.to(next(network.parameters()).dtype), input_range, (-1.0, 1.0))
-                for level, features in enumerate(network.features(image), 1):
+                image = rescale(image.to(next(inn.network.parameters()).dtype), criterion.input_range, (-1.0, 1.0))
+                for level, features in enumerate(inn.network.features(image), 1):
                     writer.add_scalar(f"{tag}/energy/level{level}_{name}", features.square().mean().item(), step)
     if not images:
         return
     sr, gt = sr[:images], gt[:images]
     for name, image in (("sr", sr), ("gt", gt)):
-        writer.add_images(f"{tag}/{name}", rescale(image.float(), input_range, (0.0, 1.0)).clamp(0, 1), step)
+        shown = rescale(image.detach().float(), criterion.input_range, (0.0, 1.0)).clamp(0, 1)
+        writer.add_images(f"{tag}/{name}", shown, step)
     for name, heat in criterion.heatmap(sr, gt, generator=generator).items():
-        # One pixel in a hundred may saturate, so that a single speck does not darken the rest.
-        high = heat.float().flatten().quantile(0.99).clamp(min=1e-30)
-        writer.add_images(f"{tag}/heatmap/{name}", (heat.float()[:, None] / high).clamp(0, 1), step)
+        # One pixel in a hundred may saturate, so that a single speck does not darken the rest. Not `quantile`, which
+        # took 16 million values at most in older versions of PyTorch.
+        high = heat.flatten().kthvalue(max(1, round(0.99 * heat.numel()))).values.clamp(min=1e-30)
+        writer.add_images(f"{tag}/heatmap/{name}", (heat[:, None] / high).clamp(0, 1).float(), step)

@@ -12,11 +12,11 @@ and add to the list of losses in the options:
         loss_weight: 0.05
         coefficients: { patch_nce: 0 }  # and any other option of mghf_loss.MGHFLoss
 
-`loss_weight` is an attribute here and nothing more: the trainer multiplies by it. `MGHFLoss` returns its terms by name,
-each with its coefficient, which the trainer adds and logs one by one (it leaves out terms that are 0 or NaN); the other
-two return a 0-d tensor. Images are RGB in [0, 1], autocast and channels_last are welcome. traiNNer-redux is not on
-PyPI: this follows its call convention of the versions that multiply by `loss_weight` (2025 on), and has not been run in
-it. Earlier versions expect the loss to multiply: use the classes of `mghf_loss.integrations.registered` there.
+`loss_weight` is an attribute here and nothing more: the trainer multiplies by it. The losses return their terms by
+name, each with its coefficient, which the trainer adds and logs one by one (it leaves out terms that are 0 or NaN).
+Images are RGB in [0, 1], autocast and channels_last are welcome. traiNNer-redux is not on PyPI: this follows its call
+convention of the versions that multiply by `loss_weight` (2025 on), and has not been run in it. Earlier versions expect
+the loss to multiply: use the classes of `mghf_loss.integrations.registered` there.
 """
 
 from __future__ import annotations
@@ -31,22 +31,11 @@ with needs("traiNNer", "see https://github.com/the-database/traiNNer-redux"):
     from traiNNer.utils.registry import LOSS_REGISTRY  # type: ignore[import-not-found]
 
 
-class _UnweightedLoss(RegisteredLoss):
-    """criterion(sr, gt), sr, gt (B, 3, H, W); the trainer multiplies by `loss_weight`."""
-
-    def forward(self, sr: Tensor, gt: Tensor) -> Tensor | dict[str, Tensor]:
-        """Return the loss of `sr` against `gt` without `loss_weight`; gradient to `sr` only."""
-        return self.criterion(sr, gt)
-
-
-class MGHFLoss(_UnweightedLoss):
-    """`mghf_loss.MGHFLoss(**options)` as {name: coefficient * term}."""
-
-    loss_class = mghf.MGHFLoss
-    criterion: mghf.MGHFLoss
+class UnweightedLoss(RegisteredLoss):
+    """sr, gt (B, 3, H, W) -> {name: coefficient * term}, 0-d; the trainer multiplies by `loss_weight`."""
 
     def forward(self, sr: Tensor, gt: Tensor) -> dict[str, Tensor]:
-        """Return coefficient * term by name, 0-d, without `loss_weight`; gradient to `sr` only."""
+        """Return coefficient * term by name, without `loss_weight`; gradient to `sr` only."""
         criterion = self.criterion
         return {
             name: criterion.coefficients[name] * terms.reduce(value, criterion.reduction)
@@ -54,14 +43,20 @@ class MGHFLoss(_UnweightedLoss):
         }
 
 
-class MGHFnLoss(_UnweightedLoss):
-    """`mghf_loss.MGHFnLoss(**options)`."""
+class MGHFLoss(UnweightedLoss):
+    """The terms of `mghf_loss.MGHFLoss(**options)`."""
+
+    loss_class = mghf.MGHFLoss
+
+
+class MGHFnLoss(UnweightedLoss):
+    """The term of `mghf_loss.MGHFnLoss(**options)`, `content`."""
 
     loss_class = mghf.MGHFnLoss
 
 
-class DinoJSDLoss(_UnweightedLoss):
-    """`mghf_loss.DinoJSDLoss(**options)`."""
+class DinoJSDLoss(UnweightedLoss):
+    """The term of `mghf_loss.DinoJSDLoss(**options)`, `dino_jsd`."""
 
     loss_class = dino.DinoJSDLoss
 
