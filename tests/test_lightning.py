@@ -50,19 +50,27 @@ class Losses(lightning.Callback):
         self.values.append(outputs["loss"].item())
 
 
+def trainer(tmp_path, **options):
+    defaults = {
+        "accelerator": "cpu",
+        "max_epochs": 1,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+        "logger": TensorBoardLogger(tmp_path),
+    }
+    return lightning.Trainer(**{**defaults, **options})
+
+
 def fit(module, loader, tmp_path, **options):
     losses = Losses()
-    callbacks = [losses, *options.pop("callbacks", [])]
-    trainer = lightning.Trainer(
-        accelerator="cpu",
-        max_epochs=1,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        **{"logger": TensorBoardLogger(tmp_path), "callbacks": callbacks, **options},
-    )
-    trainer.fit(module, loader, *([loader] if options.get("limit_val_batches", 1) else []))
+    loop = trainer(tmp_path, **{**options, "callbacks": [losses, *options.pop("callbacks", [])]})
+    loop.fit(module, loader, *([loader] if options.get("limit_val_batches", 1) else []))
     return losses.values
+
+
+def logged(tmp_path):
+    return read(tmp_path / "lightning_logs" / "version_0")
 
 
 def test_values_are_those_of_a_loop_written_by_hand(example, tmp_path):
@@ -93,8 +101,7 @@ def test_values_are_those_of_a_loop_written_by_hand(example, tmp_path):
 def test_the_callback_writes_each_chosen_step_once(example, tmp_path):
     loader = batches(16, 16)
     fit(example.SR(), loader, tmp_path, accumulate_grad_batches=2, callbacks=[MGHFLogger(every=2, images=1)])
-    ((folder),) = (tmp_path / "lightning_logs").iterdir()
-    events = read(folder)
+    events = logged(tmp_path)
     assert [event.step for event in events.Scalars("mghf/train/term/content")] == [2, 4]  # of 4 steps in 8 batches
     assert [event.step for event in events.Scalars("mghf/val/term/content")] == [4]
     assert [event.step for event in events.Images("mghf/train/heatmap/total")] == [2, 4]
@@ -102,23 +109,100 @@ def test_the_callback_writes_each_chosen_step_once(example, tmp_path):
 
 def test_the_callback_may_leave_out_training(example, tmp_path):
     fit(example.SR(), batches(2, 16), tmp_path, callbacks=[MGHFLogger(every=None, images=0)])
-    ((folder),) = (tmp_path / "lightning_logs").iterdir()
-    tags = read(folder).Tags()
+    tags = logged(tmp_path).Tags()
     assert "mghf/val/loss" in tags["scalars"]
     assert not [tag for tag in tags["scalars"] if tag.startswith("mghf/train")]
     assert tags["images"] == []
+
+
+def test_the_callback_writes_every_loader_to_every_writer_in_inference_mode(example, tmp_path):
+    """`Trainer.validate` runs in inference mode, the validation within `fit` does not."""
+    loggers = [TensorBoardLogger(tmp_path / name) for name in ("first", "second")]
+    module = example.SR()
+    step = module.validation_step
+    module.validation_step = lambda gt, batch_idx, dataloader_idx: step(gt, batch_idx)
+    loop = trainer(tmp_path, logger=loggers, callbacks=[MGHFLogger(images=3)])
+    loop.validate(module, [batches(4, 16), batches(2, 24)])
+    for logger in loggers:
+        events = read(logger.log_dir)
+        for tag in ("mghf/val", "mghf/val1"):
+            assert len(events.Scalars(f"{tag}/term/content")) == 1
+            (heat,) = events.Images(f"{tag}/heatmap/total")
+            assert max(heat.width, heat.height) == 2 * min(heat.width, heat.height)  # both images of the batch
+
+
+def test_the_callback_writes_on_the_first_process_alone(example, tmp_path, monkeypatch):
+    monkeypatch.setattr(lightning.Trainer, "is_global_zero", property(lambda trainer: False))
+    fit(example.SR(), batches(2, 16), tmp_path, callbacks=[MGHFLogger(every=1)])
+    assert not [tag for tag in logged(tmp_path).Tags()["scalars"] if "mghf/" in tag]
+
+
+class TwoOptimisers(lightning.LightningModule):
+    """A generator that waits for the second batch, and a critic: `global_step` is 1, 3, 5, ..."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.model, self.critic, self.criterion = SmallSR(8, 1), torch.nn.Conv2d(3, 1, 3), MGHFLoss()
+
+    def configure_optimizers(self):
+        return [torch.optim.Adam(part.parameters()) for part in (self.model, self.critic)]
+
+    def training_step(self, gt, batch_idx):
+        sr = self.model(downscale(gt))
+        for index, optimiser in enumerate(self.optimizers()):
+            optimiser.zero_grad()
+            self.manual_backward(self.criterion(sr, gt) if index == 0 else self.critic(gt).mean())
+            if index or batch_idx:
+                optimiser.step()
+        return {"sr": sr, "gt": gt}
+
+
+def test_the_callback_counts_the_steps_of_several_optimisers(tmp_path):
+    trainer(tmp_path, callbacks=[MGHFLogger(every=4, images=0)]).fit(TwoOptimisers(), batches(16, 16))
+    assert [event.step for event in logged(tmp_path).Scalars("mghf/train/loss")] == [5, 9, 13]
+
+
+def test_the_callback_goes_on_after_a_resumption(example, tmp_path):
+    """Step 2, that of the checkpoint, was logged before it."""
+    first = trainer(tmp_path, max_steps=2, logger=False)
+    first.fit(example.SR(), batches(4, 16))
+    first.save_checkpoint(tmp_path / "two.ckpt")
+    options = {"max_epochs": 3, "accumulate_grad_batches": 2, "callbacks": [MGHFLogger(every=2, images=0)]}
+    trainer(tmp_path, **options).fit(example.SR(), batches(8, 16), ckpt_path=tmp_path / "two.ckpt")
+    assert [event.step for event in logged(tmp_path).Scalars("mghf/train/loss")] == [4, 6]
+
+
+def test_the_callback_passes_over_what_a_step_leaves_out(example, tmp_path):
+    module = example.SR()
+    step = module.training_step
+    module.training_step = lambda gt, batch_idx: None if batch_idx in (0, 3) else step(gt, batch_idx)
+    module.validation_step = lambda gt, batch_idx: None
+    loop = trainer(tmp_path, callbacks=[MGHFLogger(every=1, images=0)])
+    loop.fit(module, batches(10, 16), batches(2, 16))
+    events = logged(tmp_path)
+    assert len(events.Scalars("mghf/train/loss")) == 3
+    assert "mghf/val/loss" not in events.Tags()["scalars"]
+
+
+def test_a_dry_run_needs_no_logger(example, tmp_path):
+    assert len(fit(example.SR(), batches(2, 16), tmp_path, callbacks=[MGHFLogger(every=1)], fast_dev_run=True)) == 1
 
 
 def test_mistakes_are_named_before_they_cost_time(example, tmp_path):
     loader = batches(2, 16)
     with pytest.raises(ValueError, match="MGHFLogger needs a TensorBoardLogger"):
         fit(example.SR(), loader, tmp_path, logger=CSVLogger(tmp_path), callbacks=[MGHFLogger()])
-    with pytest.raises(TypeError, match=r"SR\.loss must be an MGHFLoss"):
+    with pytest.raises(TypeError, match=r"SR\.loss must be a loss of mghf-loss"):
         fit(example.SR(), loader, tmp_path, callbacks=[MGHFLogger("loss")])
     module = example.SR()
     module.training_step = lambda gt, batch_idx: module.criterion(module.model(downscale(gt)), gt)
     with pytest.raises(TypeError, match='training_step must return a dictionary with "sr" and "gt"'):
-        fit(module, loader, tmp_path, callbacks=[MGHFLogger(every=1)])
+        fit(module, loader, tmp_path, callbacks=[MGHFLogger(every=1000)])  # at the first batch
+    module = example.SR()
+    module.validation_step = lambda gt, batch_idx: module.criterion(module.model(downscale(gt)), gt)
+    with pytest.raises(TypeError, match='validation_step must return a dictionary with "sr" and "gt"'):
+        fit(module, loader, tmp_path, callbacks=[MGHFLogger()], num_sanity_val_steps=1)
     for options, message in (({"every": 0}, "every must be at least 1"), ({"images": -1}, "images must be at least 0")):
         with pytest.raises(ValueError, match=message):
             MGHFLogger(**options)
