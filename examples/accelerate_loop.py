@@ -35,8 +35,8 @@ def main() -> None:
     places = torch.Generator(accelerator.device).manual_seed(arguments.seed + accelerator.process_index)
 
     for index, gt in enumerate(loader):
-        with accelerator.accumulate(model), accelerator.autocast():
-            sr = model(downscale(gt))
+        with accelerator.accumulate(model):
+            sr = model(downscale(gt))  # in the precision that was asked for; SR comes back in float32
             loss = F.l1_loss(sr, gt) + 0.05 * criterion(sr, gt, generator=places)
             accelerator.backward(loss)
             if accelerator.sync_gradients:

@@ -16,6 +16,7 @@ Reference: Yue et al., ResShift, NeurIPS 2023; Wang et al., SinSR, CVPR 2024; th
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -47,6 +48,18 @@ class Autoencoder(nn.Module):
         self.decode = nn.Sequential(*convolutions(CHANNELS, 64, 48), nn.PixelShuffle(4))
 
 
+def train_autoencoder(batches: Iterable[Tensor], device: str) -> Autoencoder:
+    """Return an autoencoder of images in [0, 1], frozen: its parameters get no gradient, its input does."""
+    autoencoder = Autoencoder().to(device)
+    optimiser = torch.optim.Adam(autoencoder.parameters(), lr=2e-3)
+    for batch in batches:
+        images = 2 * batch.to(device) - 1
+        optimiser.zero_grad(set_to_none=True)
+        F.l1_loss(autoencoder.decode(autoencoder.encode(images)), images).backward()
+        optimiser.step()
+    return autoencoder.requires_grad_(False).eval()
+
+
 def main() -> None:
     """Train the autoencoder, freeze it, train the student."""
     parser = options("A one-step diffusion student with the loss on decoded images.", steps=50)
@@ -59,15 +72,7 @@ def main() -> None:
     def batches(steps: int, seed: int) -> DataLoader[Tensor]:
         return DataLoader(RandomCrops(arguments.images, steps * arguments.batch, seed=seed), arguments.batch)
 
-    autoencoder = Autoencoder().to(device)
-    optimiser = torch.optim.Adam(autoencoder.parameters(), lr=2e-3)
-    for gt in batches(arguments.autoencoder_steps, arguments.seed + 1):
-        images = 2 * gt.to(device) - 1
-        optimiser.zero_grad(set_to_none=True)
-        F.l1_loss(autoencoder.decode(autoencoder.encode(images)), images).backward()
-        optimiser.step()
-    autoencoder.requires_grad_(False).eval()
-
+    autoencoder = train_autoencoder(batches(arguments.autoencoder_steps, arguments.seed + 1), device)
     student = nn.Sequential(*convolutions(2 * CHANNELS, 64, 64, CHANNELS)).to(device)
     criterion = MGHFLoss(input_range=(-1, 1), memory=arguments.memory).to(device)
     places = torch.Generator(device).manual_seed(arguments.seed)
