@@ -6,6 +6,7 @@ import copy
 import gc
 import pickle
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -124,6 +125,10 @@ def test_changed_settings_compute_anew(build, seen):
     criterion(sr, gt)
     criterion.prune = 0.5
     assert passes(criterion, sr, gt, seen) == 3  # the INN's of both images, DINO's of SR
+    for criterion in (build("MGHFnLoss"), build("DinoJSDLoss")):
+        criterion(sr, gt)
+        criterion.input_range = (0.0, 2.0)
+        assert passes(criterion, sr, gt, seen) == 2
 
 
 def test_autocast_is_a_setting(build, seen):
@@ -134,6 +139,36 @@ def test_autocast_is_a_setting(build, seen):
     with torch.autocast("cpu", torch.bfloat16):
         assert passes(criterion, sr, gt, seen) == 2
         assert passes(criterion, sr, gt, seen) == 1
+    with torch.autocast("cpu", torch.float16):
+        assert passes(criterion, sr, gt, seen) == 2
+
+
+def test_another_image_put_into_the_tensor_is_seen_by_its_shape_and_type(build, seen):
+    criterion = build("MGHFnLoss")
+    sr, gt = pair()
+    criterion(sr, gt)
+    gt.data = gt.double()
+    assert passes(criterion, sr, gt, seen) == 2
+    gt.data = gt[..., :16].float()
+    assert passes(criterion, sr[..., :16], gt, seen) == 2
+
+
+def test_what_is_kept_has_no_graph(build):
+    criterion = build("MGHFnLoss")
+    sr, gt = pair()
+    criterion(sr, gt.requires_grad_())
+    ((_, features),) = criterion.gt_features._last.values()
+    assert not any(level.requires_grad for level in features)
+
+
+def test_threads_leave_one_value(build):
+    criterion = build("MGHFnLoss")
+    pairs = [pair() for _ in range(8)]
+    with ThreadPoolExecutor(4) as pool:
+        values = list(pool.map(lambda images: criterion(*images), 4 * pairs))
+    assert len(criterion.gt_features._last) == 1
+    for value, images in zip(values, 4 * pairs, strict=True):
+        assert torch.equal(value, criterion(*images))
 
 
 @pytest.mark.parametrize("name", LOSSES)
