@@ -112,7 +112,7 @@ class MGHFLoss(Criterion):
             `"high"` (as accurate as float32). The networks, and everything on a CPU, compute in float32 either way.
         memory: `"low"` computes SR's features again in the backward pass instead of keeping what is inside each
             coupling: the same gradient with 22 % of the bytes that wait for the backward pass, 68 % of the peak,
-            in 1.5 times the time (1 x 3 x 128^2, one CPU thread; `benchmarks/losses.py`).
+            in 1.4 times the time (1 x 3 x 128^2, one CPU thread; `benchmarks/losses.py`).
             The DINO term recomputes its blocks.
         cache_gt: keep the features and channel weights of the last GT between calls, for a step that compares several
             SR images with one GT tensor. See `mghf_loss.gt_cache.GTCache` for when they are used and when not.
