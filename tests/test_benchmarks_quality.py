@@ -9,6 +9,8 @@ import csv
 import json
 import math
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -270,6 +272,43 @@ def test_a_grid_killed_and_resumed_loses_the_run_in_progress_only(config_file, p
     config_file.write_text(CONFIG)
     (photographs / "val" / "0.png").rename(photographs / "val" / "1.png")
     assert "(different: val)" in finish(run).stderr
+
+
+def test_the_commands_of_the_readme_run(config_file, photographs):
+    """With these photographs and a small configuration in the place of the shipped one."""
+    config_file.write_text(
+        CONFIG.split("[losses]")[0]
+        + """
+[losses]
+MGHF-n = { type = "MGHFnLoss" }
+
+[[grid]]
+name = "losses"
+losses = ["L1", "MGHF-n"]
+seeds = [0]
+"""
+    )
+    places = {
+        "benchmarks/photographs.toml": config_file,
+        "DIR": photographs / "train",
+        "OTHER": photographs / "val",
+        "runs/quality": photographs / "out",
+        "SR_DIR": photographs / "val",
+        "GT_DIR": photographs / "val",
+        "mine.csv": photographs / "mine.csv",
+        "python": sys.executable,
+        "benchmarks/quality.py": BENCHMARKS / "quality.py",
+    }
+    readme = (BENCHMARKS.parent / "README.md").read_text()
+    lines = re.findall(r"^python benchmarks/quality\.py .*$", readme, re.MULTILINE)
+    assert [line.split()[2] for line in lines] == ["run", "report", "judge"]
+    for line in lines:
+        done = finish([str(places.get(word, word)) for word in shlex.split(line, comments=True)])
+        assert done.returncode == 0, done.stderr
+    assert len(list((photographs / "out").glob("*.png"))) == 3
+    with (photographs / "mine.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    assert (row["name"], float(row["kid"])) == ("mine", 0)
 
 
 def test_an_interrupt_ends_the_workers_with_one_line(config_file, photographs):
