@@ -1,17 +1,20 @@
-"""What MkDocs does beside its plugins: equations as MathML, and the bundled network's model card as a page."""
+"""What MkDocs does beside its plugins: equations as MathML, the network's model card as a page, whole links."""
 
 from __future__ import annotations
 
 import html
 import re
 from pathlib import Path
-from typing import Any
+from urllib.parse import unquote
 
 from latex2mathml.converter import convert
 from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 
 CARD = Path(__file__).parents[1] / "src" / "mghf_loss" / "weights" / "README.md"
+LINK = re.compile(r'(?:href|src)="(?!\w+:|//|#)([^"#?]+)')
 EQUATION = re.compile(r'<(?P<tag>span|div) class="arithmatex">\\[(\[](?P<latex>.*?)\\[)\]]</(?P=tag)>', re.DOTALL)
 
 
@@ -21,9 +24,34 @@ def on_files(files: Files, config: MkDocsConfig) -> None:
     files.append(File.generated(config, "network.md", content=card.replace("../../../docs/", "")))
 
 
-def on_page_content(content: str, **_: Any) -> str:
-    """Replace equations by MathML when the site is built: the reader needs no script and no network for them."""
+def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Replace equations by MathML when the site is built: the reader needs no script and no network for them.
+
+    MkDocs turns links to Markdown files into links to their pages, but not in a notebook.
+    """
+
+    def to_page(link: re.Match[str]) -> str:
+        target = files.get_file_from_path(link[1])
+        return f'href="{target.url_relative_to(page.file)}"' if target else link[0]
+
+    if page.file.src_path.endswith(".ipynb"):
+        content = re.sub(r'href="([\w./-]+\.md)"', to_page, content)
     return EQUATION.sub(_mathml, content)
+
+
+def on_post_build(config: MkDocsConfig) -> None:
+    """Raise where a link within the site leads nowhere; MkDocs looks at those in Markdown alone."""
+    site = Path(config.site_dir)
+    broken = []
+    for page in sorted(site.rglob("*.html")):
+        if page.name == "404.html":  # has absolute links, for any place
+            continue
+        for link in LINK.findall(page.read_text(encoding="utf-8")):
+            target = page.parent / unquote(html.unescape(link))
+            if not (target / "index.html" if target.is_dir() else target).exists():
+                broken.append(f"{page.relative_to(site)}: {link}")
+    if broken:
+        raise PluginError("links that lead nowhere:\n" + "\n".join(broken))
 
 
 def _mathml(match: re.Match[str]) -> str:

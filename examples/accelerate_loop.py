@@ -3,6 +3,7 @@
     accelerate launch examples/accelerate_loop.py --steps 200
     accelerate launch --multi_gpu --num_processes 2 --mixed_precision bf16 examples/accelerate_loop.py
 
+With `ACCELERATE_USE_CPU=true` in the environment the second starts two processes on a CPU.
 The loss is not prepared: it has nothing to train, and `.to(accelerator.device)` is all that it needs.
 """
 
@@ -25,6 +26,7 @@ def main() -> None:
     parser.add_argument("--accumulate", type=int, default=1, help="batches of an optimiser step")
     arguments = parser.parse_args()
     accelerator = Accelerator(gradient_accumulation_steps=arguments.accumulate)
+    accelerator.print(f"{accelerator.num_processes} processes, {accelerator.device}, {accelerator.mixed_precision}")
     set_seed(arguments.seed)
     model = SmallSR()
     optimiser = torch.optim.Adam(model.parameters(), lr=1e-3)

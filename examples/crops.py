@@ -20,6 +20,9 @@ class RandomCrops(Dataset[Tensor]):
     def __init__(self, folder: Path | None, length: int, size: int = 64, seed: int = 0) -> None:
         names = TRAINING_PHOTOGRAPHS if folder is None else list_images(folder)
         self.images = [photograph(name) if isinstance(name, str) else read_image(name) for name in names]
+        for name, image in zip(names, self.images, strict=True):
+            if min(image.shape[-2:]) < size:
+                raise ValueError(f"{name} must be at least {size} x {size} pixels, got {tuple(image.shape[-2:])}")
         self.length, self.size, self.seed = length, size, seed
 
     def __len__(self) -> int:
@@ -36,11 +39,19 @@ class RandomCrops(Dataset[Tensor]):
         return image[:, top : top + self.size, left : left + self.size]
 
 
+def positive(text: str) -> int:
+    """A number of things, from the command line."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return number
+
+
 def options(description: str, steps: int) -> argparse.ArgumentParser:
     """What every example takes."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--images", type=Path, help="folder of photographs [scikit-image's]")
-    parser.add_argument("--steps", type=int, default=steps, help="optimiser steps")
-    parser.add_argument("--batch", type=int, default=4, help="crops a step")
+    parser.add_argument("--steps", type=positive, default=steps, help="optimiser steps")
+    parser.add_argument("--batch", type=positive, default=4, help="crops a step")
     parser.add_argument("--seed", type=int, default=0, help="of initialisation, crops and random places")
     return parser

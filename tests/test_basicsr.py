@@ -170,6 +170,7 @@ def test_logged_values_are_those_of_a_loop_written_by_hand(folder, trained):
 
 def test_it_validates_and_saves_the_model_alone(folder, trained):
     assert re.search(r"# psnr: \d+\.\d+", trained)
+    assert "colours may drift" in trained  # the pixel slot has MGHFLoss
     state = torch.load(folder / "experiments" / "run" / "models" / "net_g_4.pth", weights_only=True)
     assert all(key.startswith(("conv", "body", "upconv")) for key in state["params"])
 

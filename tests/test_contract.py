@@ -401,6 +401,12 @@ BAD_INPUTS: dict[str, tuple[object, object, type[Exception], str]] = {
     "numpy": (IMAGE.numpy(), IMAGE, TypeError, r"sr must be a torch.Tensor, got ndarray"),
     "empty batch": (IMAGE[:0], IMAGE[:0], ValueError, r"at least one image, got shape \(0, 3, 16, 16\)"),
     "other device": (IMAGE, IMAGE.to("meta"), ValueError, "got sr on cpu and gt on meta"),
+    "swapped": (
+        IMAGE,
+        IMAGE.clone().requires_grad_(),
+        ValueError,
+        r"are the two swapped\? Expected criterion\(sr, gt\)",
+    ),
 }
 
 

@@ -155,8 +155,8 @@ def test_another_image_put_into_the_tensor_is_seen_by_its_shape_and_type(build, 
 
 def test_what_is_kept_has_no_graph(build):
     criterion = build("MGHFnLoss")
-    sr, gt = pair()
-    criterion(sr, gt.requires_grad_())
+    sr, gt = (image.requires_grad_() for image in pair())
+    criterion(sr, gt)
     ((_, features),) = criterion.gt_features._last.values()
     assert not any(level.requires_grad for level in features)
 

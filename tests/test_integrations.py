@@ -165,12 +165,16 @@ def test_basicsr_perceptual_slot_loads_no_network_that_it_does_not_use(basicsr):
 
 
 def test_basicsr_options_that_make_no_sense_are_refused(basicsr):
-    with pytest.raises(ValueError, match="all coefficients are 0"):
+    with pytest.raises(ValueError, match="perceptual_weight and style_weight are 0"):
         basicsr.MGHFPerceptualLoss(0, 0)
     with pytest.raises(ValueError, match="style_weight must be a finite number of at least 0, got -1"):
         basicsr.MGHFPerceptualLoss(style_weight=-1)
-    with pytest.raises(TypeError, match="loss_weight"):
+    with pytest.raises(
+        TypeError, match="unknown option loss_weight of MGHFPerceptualLoss; known are perceptual_weight, "
+    ):
         basicsr.MGHFPerceptualLoss(loss_weight=1.0)
+    with pytest.raises(ValueError, match=r"style_weight must be .*, got '5e-2'; YAML takes numbers like 5e-2 for text"):
+        basicsr.MGHFPerceptualLoss(style_weight="5e-2")
     with pytest.raises(ValueError, match="reduction must be 'mean' or 'sum' inside a trainer"):
         basicsr.MGHFPerceptualLoss(reduction="none")
 
@@ -183,35 +187,35 @@ def test_basicsr_may_be_registered_as_often_as_one_likes(basicsr):
     assert {"MGHFSRModel", "MGHFSRGANModel"} <= set(MODEL_REGISTRY.keys())
 
 
-@pytest.mark.filterwarnings("ignore")  # BasicSR's scheduler
-def test_basicsr_gan_logs_terms_only_where_the_generator_was_trained(basicsr):
+def build_sr_model(model_type: str = "MGHFSRModel", network_d: dict | None = None, **train):
+    """A BasicSR model of few parameters with these training options."""
     from basicsr.models import build_model
 
-    adam, network = {"type": "Adam", "lr": 1e-3}, {"num_in_ch": 3, "num_feat": 8}
-    perceptual = {"type": "MGHFPerceptualLoss", "perceptual_weight": 0.1}
     train = {
-        "optim_g": dict(adam),
-        "optim_d": dict(adam),
+        "optim_g": {"type": "Adam", "lr": 1e-3},
+        "optim_d": {"type": "Adam", "lr": 1e-3},
         "scheduler": {"type": "MultiStepLR", "milestones": [100]},
-        "pixel_opt": {"type": "L1Loss"},
-        "perceptual_opt": perceptual,
-        "gan_opt": {"type": "GANLoss", "gan_type": "vanilla", "loss_weight": 0.01},
-        "net_d_iters": 2,
+        **train,
     }
-    model = build_model(
-        {
-            "model_type": "MGHFSRGANModel",
-            "num_gpu": 0,
-            "dist": False,
-            "is_train": True,
-            "path": {},
-            "network_g": {"type": "MSRResNet", "num_out_ch": 3, "num_block": 1, "upscale": 4, **network},
-            "network_d": {"type": "UNetDiscriminatorSN", **network},
-            "train": train,
-        }
+    network_g = {"type": "MSRResNet", "num_in_ch": 3, "num_out_ch": 3, "num_feat": 8, "num_block": 1, "upscale": 4}
+    options = {"model_type": model_type, "num_gpu": 0, "dist": False, "is_train": True, "path": {}, "train": train}
+    return build_model({**options, "network_g": network_g, "network_d": network_d})
+
+
+@pytest.mark.filterwarnings("ignore")  # BasicSR's scheduler
+def test_basicsr_gan_logs_terms_only_where_the_generator_was_trained(basicsr):
+    model = build_sr_model(
+        "MGHFSRGANModel",
+        network_d={"type": "UNetDiscriminatorSN", "num_in_ch": 3, "num_feat": 8},
+        pixel_opt={"type": "L1Loss"},
+        perceptual_opt={"type": "MGHFPerceptualLoss", "perceptual_weight": 0.1},
+        gan_opt={"type": "GANLoss", "gan_type": "vanilla", "loss_weight": 0.01},
+        net_d_iters=2,
+        grad_clip=1e-3,
     )
     model.feed_data({"lq": torch.rand(1, 3, 8, 8), "gt": torch.rand(1, 3, 32, 32)})
-    logs = []
+    norms, logs = [], []
+    model.optimizer_g.register_step_pre_hook(lambda *_: norms.append(norm(model.net_g)))
     for iteration in (1, 2, 3):
         model.optimize_parameters(iteration)
         logs.append(dict(model.get_current_log()))
@@ -222,6 +226,25 @@ def test_basicsr_gan_logs_terms_only_where_the_generator_was_trained(basicsr):
     ]
     assert logs[1]["l_g_style"] == pytest.approx(10 * values.pop(1), rel=1e-5)
     assert logs[1]["l_g_percep"] == pytest.approx(sum(values), rel=1e-5)
+    assert norms == pytest.approx([1e-3], rel=1e-4)  # grad_clip
+
+
+def norm(network: torch.nn.Module) -> float:
+    return torch.stack([parameter.grad.norm() for parameter in network.parameters()]).norm().item()
+
+
+@pytest.mark.filterwarnings("ignore")  # BasicSR's scheduler
+def test_basicsr_models_refuse_a_loss_in_the_wrong_slot(basicsr, caplog):
+    with pytest.raises(ValueError, match="MGHFPerceptualLoss returns two losses and belongs into perceptual_opt"):
+        build_sr_model(pixel_opt={"type": "MGHFPerceptualLoss"})
+    with pytest.raises(ValueError, match="MGHFnLoss returns one loss and belongs into pixel_opt"):
+        build_sr_model(pixel_opt={"type": "L1Loss"}, perceptual_opt={"type": "MGHFnLoss"})
+    with pytest.raises(ValueError, match="grad_clip must be a finite number of at least 0, got 'much'"):
+        build_sr_model(pixel_opt={"type": "L1Loss"}, grad_clip="much")
+    build_sr_model(pixel_opt={"type": "L1Loss"}, perceptual_opt={"type": "MGHFPerceptualLoss"})
+    assert "colours may drift" not in caplog.text
+    build_sr_model(perceptual_opt={"type": "MGHFPerceptualLoss"})
+    assert "pixel_opt has no pixel loss: MGHF compares details, and colours may drift" in caplog.text
 
 
 def test_basicsr_terms_are_averaged_over_processes_before_they_are_logged(basicsr):
@@ -256,8 +279,23 @@ def test_bad_options_are_refused_by_name(name, tiny_dino):
             build(loss_weight=value, **options)
     with pytest.raises(ValueError, match="reduction must be 'mean' or 'sum' inside a trainer"):
         build(reduction="none", **options)
-    with pytest.raises(TypeError, match="criterion_type"):
+    with pytest.raises(TypeError, match=f"unknown option criterion_type of {name}; known are loss_weight, .*reduction"):
         build(criterion_type="l1", **options)
+
+
+@pytest.mark.parametrize(
+    ("scale", "input_range", "wrong"),
+    [(1, (0, 1), False), (255, (0, 255), False), (255, (0, 1), True), (1, (0, 255), True), (1, (-1, 1), False)],
+)
+def test_the_first_gt_is_looked_at(scale, input_range, wrong):
+    loss = registered.MGHFnLoss(input_range=input_range)
+    sr, gt = (scale * image for image in pair())
+    if wrong:
+        with pytest.warns(UserWarning, match=r"the first GT has values from .* to .*, while input_range is \(0, "):
+            loss(sr, gt)
+    else:
+        loss(sr, gt)
+    loss(sr, 1e4 * gt)  # and no other: warnings are errors here
 
 
 @pytest.mark.parametrize(
@@ -265,13 +303,14 @@ def test_bad_options_are_refused_by_name(name, tiny_dino):
     [
         ("basicsr", "basicsr", "pip install basicsr"),
         ("lightning", "lightning", "pip install lightning"),
+        ("lightning", "tensorboard", "pip install tensorboard"),
         ("neosr", "neosr", "github.com/neosr-project/neosr"),
         ("trainner_redux", "traiNNer", "github.com/the-database/traiNNer-redux"),
     ],
 )
 def test_a_missing_framework_is_named_with_the_remedy(integration, framework, remedy, monkeypatch):
     for module in list(sys.modules):
-        if module.split(".")[0] == framework:
+        if module.split(".")[0] == framework or module.startswith(f"torch.utils.{framework}"):
             monkeypatch.delitem(sys.modules, module)
 
     class Missing:
@@ -339,9 +378,10 @@ def test_log_pair_writes_terms_energies_and_pictures(tmp_path, inference):
         assert (picture(events, f"mghf/{name}") - image[:2].permute(0, 2, 3, 1)).abs().max() <= 1
     for name, heat in criterion.heatmap(sr[:2], gt[:2], generator=generator).items():  # the places go on
         shown = picture(events, f"mghf/heatmap/{name}")
-        expected = 255 * (heat / heat.flatten().sort().values[round(0.99 * heat.numel()) - 1]).clamp(max=1)
-        assert (shown - expected[..., None]).abs().max() <= 2, name
-        assert shown.max() == 255
+        heat = heat / heat.flatten().sort().values[round(0.99 * heat.numel()) - 1]
+        expected = 255 * torch.stack([3 * heat, 3 * heat - 1, 3 * heat - 2], dim=-1).clamp(0, 1)
+        assert (shown - expected).abs().max() <= 2, name
+        assert (shown.sum(-1) == 3 * 255).any()
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -38,6 +38,8 @@ NOT_RUN = {
     'pip install ".[demo]" && mghf-loss demo': "installs; .ci/run takes it from the README and runs it as it stands",
     'pip install -e ".[test]" && pytest': "installs, and is this suite; .ci/run takes it from the README too",
     'pip install ".[bench]"': "installs the peers of the benchmarks",
+    "pip install basicsr==1.4.2": "installs; the extra `test` has it",
+    "pip install lightning tensorboard": "installs; the extra `test` has them",
     "bash benchmarks/gpu.sh ": "measures on an NVIDIA GPU; it refuses to start without one",
     "accelerate launch --multi_gpu --num_processes 8 ": "eight GPUs; tests/test_training.py launches two CPU processes",
     "# neosr/losses/mghf_loss.py": "a file of neosr, which is not on PyPI",
@@ -116,7 +118,7 @@ def test_reasons_for_not_running_are_of_commands_that_exist():
 
 @pytest.mark.parametrize("page", pages_with("{.python}"))
 def test_included_programs_are_examples_that_a_test_runs(page: Path):
-    tests = (REPOSITORY / "tests" / "test_examples.py").read_text()
+    tests = "".join((REPOSITORY / "tests" / f"test_{name}.py").read_text() for name in ("examples", "lightning"))
     for block in blocks(page):
         if block.info == "{.python}":
             match = re.fullmatch(r'--8<-- "examples/(\w+)\.py"\n', block.content)

@@ -141,6 +141,8 @@ def test_nothing_but_damaged_images_is_an_error(tmp_path):
 def test_folders_without_images_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=f"no images .* below {tmp_path}"):
         list_images(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"no folder .*nowhere"):
+        list_images(tmp_path / "nowhere")
     Image.new("RGB", (8, 8)).save(tmp_path / "small.png")
     with pytest.warns(UserWarning, match=r"small\.png"), pytest.raises(ValueError, match="at least 16 x 16"):
         crops_of(tmp_path)

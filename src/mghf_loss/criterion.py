@@ -58,6 +58,8 @@ class Criterion(nn.Module, ABC):
             return_terms: also return the unweighted terms by name, detached, reduced like the loss.
             generator: source of PatchNCE's random places; the global one where None.
         """
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise TypeError(f"generator must be a torch.Generator or None, got {generator!r}")
         values = self.term_values(sr, gt, generator)
         total = sum(self.coefficients[name] * value for name, value in values.items())
         assert isinstance(total, Tensor)

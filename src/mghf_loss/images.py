@@ -45,13 +45,18 @@ def check_image(name: str, image: Tensor, least_size: int = 1) -> None:
 
 
 def check_pair(sr: Tensor, gt: Tensor, least_size: int = 1) -> None:
-    """Raise unless `sr` and `gt` are images of one shape on one device; see `check_image`."""
+    """Raise unless `sr` and `gt` are images of one shape on one device, and not swapped; see `check_image`."""
     check_image("sr", sr, least_size)
     check_image("gt", gt, least_size)
     if sr.shape != gt.shape:
         raise ValueError(f"sr and gt must have the same shape, got sr {tuple(sr.shape)} and gt {tuple(gt.shape)}")
     if sr.device != gt.device:
         raise ValueError(f"sr and gt must be on the same device, got sr on {sr.device} and gt on {gt.device}")
+    if torch.is_grad_enabled() and gt.requires_grad and not sr.requires_grad:
+        raise ValueError(
+            "gt requires a gradient and sr does not, but gradient flows to sr alone: are the two swapped? "
+            "Expected criterion(sr, gt); if the order is meant, pass gt.detach()"
+        )
 
 
 def check_range(input_range: tuple[float, float]) -> tuple[float, float]:

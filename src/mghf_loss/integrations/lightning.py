@@ -33,11 +33,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 from ..criterion import Criterion
 from . import needs
 from .tensorboard import log_pair
+
+with needs("tensorboard", "pip install tensorboard"):
+    from torch.utils.tensorboard import SummaryWriter
 
 with needs("lightning", "pip install lightning"):
     from lightning.pytorch import Callback, LightningModule, Trainer

@@ -10,7 +10,7 @@ and name a loss in any slot of the options that takes (output, gt) and one scala
     [train.perceptual_opt]
     type = "MGHFLoss"
     loss_weight = 0.05
-    coefficients = { patch_nce = 0.0 }  # and any other option of mghf_loss.MGHFLoss
+    memory = "low"  # and any other option of mghf_loss.MGHFLoss
 
 `loss_weight` is applied once, by the loss, as neosr expects it. Images are RGB in [0, 1]. neosr is not on PyPI: this
 follows its documented call convention (`LOSS_REGISTRY`, keyword options, one 0-d tensor) and has not been run in it.

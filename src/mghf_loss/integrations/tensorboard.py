@@ -42,8 +42,8 @@ def log_pair(
     - `<tag>/energy/level<l>_sr`, `..._gt`: mean F^2 of the network's features at stride 2^l. GT's is about 1 where the
       network knows the kind of image; SR's far below GT's means that detail is missing, far above that it is made up.
     - `<tag>/sr`, `<tag>/gt`, `<tag>/heatmap/<name>` and `.../total`: pictures of the first `images` images; a heat map
-      shows where a step would change SR (`Criterion.heatmap`), in grey, white the largest of its batch but
-      for one pixel in a hundred.
+      shows where a step would change SR (`Criterion.heatmap`), from black over red and yellow to white, which is the
+      largest of its batch but for one pixel in a hundred: every picture has its own scale.
 
     Costs a forward pass and, for the pictures, a backward pass for each term; `images=0` leaves the pictures out.
     PatchNCE's places follow from `step`: the global random numbers, and so the training, are those of a run
@@ -78,4 +78,6 @@ def log_pair(
         # One pixel in a hundred may saturate, so that a single speck does not darken the rest. Not `quantile`, which
         # took 16 million values at most in older versions of PyTorch.
         high = heat.flatten().kthvalue(max(1, round(0.99 * heat.numel()))).values.clamp(min=1e-30)
-        writer.add_images(f"{tag}/heatmap/{name}", (heat[:, None] / high).clamp(0, 1).float(), step)
+        # Red, green and blue rise one after the other: Matplotlib's "hot", nearly.
+        colours = torch.stack([3 * heat / high - channel for channel in range(3)], dim=1)
+        writer.add_images(f"{tag}/heatmap/{name}", colours.clamp(0, 1).float(), step)

@@ -10,7 +10,7 @@ and add to the list of losses in the options:
     losses:
       - type: mghfloss
         loss_weight: 0.05
-        coefficients: { patch_nce: 0 }  # and any other option of mghf_loss.MGHFLoss
+        memory: low  # and any other option of mghf_loss.MGHFLoss
 
 `loss_weight` is an attribute here and nothing more: the trainer multiplies by it. The losses return their terms by
 name, each with its coefficient, which the trainer adds and logs one by one (it leaves out terms that are 0 or NaN).
@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .. import dino, mghf, terms
+from .. import dino, mghf
 from . import needs
 from .registered import RegisteredLoss, register
 
@@ -36,11 +36,7 @@ class UnweightedLoss(RegisteredLoss):
 
     def forward(self, sr: Tensor, gt: Tensor) -> dict[str, Tensor]:
         """Return coefficient * term by name, without `loss_weight`; gradient to `sr` only."""
-        criterion = self.criterion
-        return {
-            name: criterion.coefficients[name] * terms.reduce(value, criterion.reduction)
-            for name, value in criterion.term_values(sr, gt).items()
-        }
+        return self.weighted_terms(sr, gt)
 
 
 class MGHFLoss(UnweightedLoss):

@@ -243,9 +243,11 @@ class StreamedCrops:
 def list_images(folder: str | Path, except_below: Path | None = None) -> list[Path]:
     """Return the image files below `folder`, sorted, except those below another folder, which a command writes to.
 
-    Raises `FileNotFoundError` where there are none.
+    Raises `FileNotFoundError` where there are none, or no such folder.
     """
     folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder {folder}")
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
     if except_below is not None:
         below = except_below.resolve()
