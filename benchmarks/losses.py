@@ -171,6 +171,7 @@ def entries(inn: str) -> dict[str, Entry]:
         "MGHFLoss": Entry(OURS, partial(MGHFLoss, inn=inn)),
         "MGHFnLoss low memory": Entry(OURS, partial(MGHFnLoss, inn=inn, memory="low")),
         "MGHFLoss low memory": Entry(OURS, partial(MGHFLoss, inn=inn, memory="low")),
+        "MGHFLoss cached GT": Entry(OURS, partial(MGHFLoss, inn=inn, cache_gt=True)),  # one GT tensor in all rounds
         "MGHFLoss dense": Entry(OURS, partial(MGHFLoss, inn=inn, patches=None)),
         "content": Entry(OURS, partial(content_and, inn)),
         "content + style": Entry(OURS, partial(content_and, inn, "style")),
