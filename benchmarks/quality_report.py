@@ -294,7 +294,8 @@ def plot_matrix(path: Path, title: str, summary: Summary, reference: str, config
     for row, loss in enumerate(losses):
         for column, metric in enumerate(metrics):
             text = figure_text(summary, loss, metric, config)
-            axis.text(column, row, text, ha="center", va="center", fontsize=7)
+            on_dark = changes[row, column].abs() > 0.7 * MOST_CHANGE
+            axis.text(column, row, text, ha="center", va="center", fontsize=7, color="white" if on_dark else "black")
     axis.set_xticks(range(len(metrics)), [label(name) for name in metrics])
     axis.tick_params(axis="x", labelrotation=30, labelsize=8, bottom=False, top=True, labelbottom=False, labeltop=True)
     axis.set_yticks(range(len(losses)), losses, fontsize=8)
