@@ -241,6 +241,8 @@ def test_basicsr_models_refuse_a_loss_in_the_wrong_slot(basicsr, caplog):
         build_sr_model(pixel_opt={"type": "L1Loss"}, perceptual_opt={"type": "MGHFnLoss"})
     with pytest.raises(ValueError, match="grad_clip must be a finite number of at least 0, got 'much'"):
         build_sr_model(pixel_opt={"type": "L1Loss"}, grad_clip="much")
+    with pytest.raises(ValueError, match="grad_clip must be more than 0, which would stop the training"):
+        build_sr_model(pixel_opt={"type": "L1Loss"}, grad_clip=0)
     build_sr_model(pixel_opt={"type": "L1Loss"}, perceptual_opt={"type": "MGHFPerceptualLoss"})
     assert "colours may drift" not in caplog.text
     build_sr_model(perceptual_opt={"type": "MGHFPerceptualLoss"})
@@ -285,13 +287,13 @@ def test_bad_options_are_refused_by_name(name, tiny_dino):
 
 @pytest.mark.parametrize(
     ("scale", "input_range", "wrong"),
-    [(1, (0, 1), False), (255, (0, 255), False), (255, (0, 1), True), (1, (0, 255), True), (1, (-1, 1), False)],
+    [(1, (0, 1), False), (255, (0, 255), False), (255, (0, 1), True), (1, (0, 255), True), (1, (-1, 1), True)],
 )
 def test_the_first_gt_is_looked_at(scale, input_range, wrong):
     loss = registered.MGHFnLoss(input_range=input_range)
     sr, gt = (scale * image for image in pair())
     if wrong:
-        with pytest.warns(UserWarning, match=r"the first GT has values from .* to .*, while input_range is \(0, "):
+        with pytest.warns(UserWarning, match=r"the first GT has values from .* to .*, while input_range is \(-?[01], "):
             loss(sr, gt)
     else:
         loss(sr, gt)
@@ -404,6 +406,16 @@ def test_log_pair_without_pictures_and_without_the_network(tmp_path, tiny_dino):
     events = read(tmp_path)
     assert events.Tags()["images"] == []
     assert set(events.Tags()["scalars"]) == {"val/loss", "val/term/dino_jsd"}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_log_pair_takes_a_compiled_loss_and_a_gt_that_requires_a_gradient(tmp_path):
+    """As with the penalty on a critic's gradient at GT."""
+    sr, gt = pair()
+    criterion = torch.compile(MGHFnLoss(), backend="eager")
+    with SummaryWriter(str(tmp_path)) as writer:
+        log_pair(writer, criterion, sr.detach(), gt.requires_grad_(), 1)
+    assert len(read(tmp_path).Images("mghf/heatmap/total")) == 1
 
 
 def test_log_pair_refuses_what_has_no_terms():

@@ -185,6 +185,31 @@ def test_the_callback_passes_over_what_a_step_leaves_out(example, tmp_path):
     assert "mghf/val/loss" not in events.Tags()["scalars"]
 
 
+def test_the_loss_may_be_built_late_compiled_and_logged_in_training_alone(example, tmp_path):
+    class Late(example.SR):
+        def __init__(self) -> None:
+            super().__init__()
+            self.criterion = None
+
+        def configure_model(self) -> None:
+            if self.criterion is None:
+                self.criterion = torch.compile(MGHFLoss(), backend="eager")
+
+        def validation_step(self, gt, batch_idx):
+            return self.model(downscale(gt)).mean()
+
+    fit(Late(), batches(2, 16), tmp_path, callbacks=[MGHFLogger(every=1, validation=False)])
+    tags = logged(tmp_path).Tags()["scalars"]
+    assert "mghf/train/loss" in tags
+    assert "mghf/val/loss" not in tags
+
+
+def test_a_test_needs_no_logger(example, tmp_path):
+    module = example.SR()
+    module.test_step = lambda gt, batch_idx: module.log("loss", module.criterion(module.model(downscale(gt)), gt))
+    trainer(tmp_path, logger=False, callbacks=[MGHFLogger()]).test(module, batches(2, 16))
+
+
 def test_a_dry_run_needs_no_logger(example, tmp_path):
     assert len(fit(example.SR(), batches(2, 16), tmp_path, callbacks=[MGHFLogger(every=1)], fast_dev_run=True)) == 1
 

@@ -58,8 +58,7 @@ class Criterion(nn.Module, ABC):
             return_terms: also return the unweighted terms by name, detached, reduced like the loss.
             generator: source of PatchNCE's random places; the global one where None.
         """
-        if generator is not None and not isinstance(generator, torch.Generator):
-            raise TypeError(f"generator must be a torch.Generator or None, got {generator!r}")
+        _check_generator(generator)
         values = self.term_values(sr, gt, generator)
         total = sum(self.coefficients[name] * value for name, value in values.items())
         assert isinstance(total, Tensor)
@@ -75,7 +74,9 @@ class Criterion(nn.Module, ABC):
         colours of the gradient of each image's own loss, whatever `reduction` is, in units of the loss per unit of
         `input_range`, averaged over 5 x 5 pixels. Also without gradients and in inference mode.
         """
-        images.check_pair(sr, gt)
+        _check_generator(generator)
+        with torch.no_grad():
+            images.check_pair(sr, gt)
         with torch.inference_mode(False), torch.enable_grad():
             # Half precision would lose what is small; an inference tensor takes part in no gradient.
             sr = sr.to(torch.promote_types(sr.dtype, torch.float32))
@@ -91,3 +92,8 @@ class Criterion(nn.Module, ABC):
             name: F.avg_pool2d(gradient.norm(dim=1), 5, stride=1, padding=2, count_include_pad=False)
             for name, gradient in gradients.items()
         }
+
+
+def _check_generator(generator: object) -> None:
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator or None, got {generator!r}")

@@ -79,7 +79,8 @@ class DinoJSDLoss(Criterion):
             mean, std = config["mean"], config["std"]
         except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"model must be a timm vision transformer, got {model!r}") from error
-        network.set_grad_checkpointing(check_memory(memory) == "low")  # type: ignore[operator]
+        if check_memory(memory) == "low":  # otherwise a ready model's own setting stays
+            network.set_grad_checkpointing()  # type: ignore[operator]
         self.gt_embedding: GTCache[Tensor] = GTCache(cache_gt)
         self.network = Frozen(network)
         self.register_buffer("mean", torch.tensor(mean).reshape(1, 3, 1, 1), persistent=False)

@@ -108,14 +108,16 @@ class LogsTerms:
                 f"{type(perceptual).__name__} returns one loss and belongs into pixel_opt; "
                 "perceptual_opt takes MGHFPerceptualLoss with perceptual_weight and style_weight"
             )
-        if pixel is None or _has_terms(pixel):
+        if (pixel is None and _has_terms(perceptual)) or _has_terms(pixel):
             get_root_logger().warning(
                 "pixel_opt has no pixel loss: MGHF compares details, and colours may drift. Put L1Loss there and "
                 "MGHFPerceptualLoss into perceptual_opt."
             )
         clip = self.opt["train"].get("grad_clip")  # type: ignore[attr-defined]
         if clip is not None:
-            clip, network = check_loss_weight("grad_clip", clip), self.net_g  # type: ignore[attr-defined]
+            network = self.net_g  # type: ignore[attr-defined]
+            if not check_loss_weight("grad_clip", clip):
+                raise ValueError("grad_clip must be more than 0, which would stop the training; leave it out for none")
 
             def clip_gradient(*_: Any) -> None:
                 nn.utils.clip_grad_norm_(network.parameters(), clip)

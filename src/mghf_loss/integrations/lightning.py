@@ -57,6 +57,7 @@ class MGHFLogger(Callback):
     Args:
         criterion: name of the module's attribute that is a loss of this package.
         every: optimiser steps between two logs of training; None for none.
+        validation: log in validation, too.
         images: pictures of each log at most; 0 for scalars alone, which spares the backward passes of the heat maps.
 
     Raises:
@@ -65,19 +66,29 @@ class MGHFLogger(Callback):
             at the first batch, that of Lightning's sanity check included, and on every process.
     """
 
-    def __init__(self, criterion: str = "criterion", every: int | None = 500, images: int = 4) -> None:
+    def __init__(
+        self, criterion: str = "criterion", every: int | None = 500, validation: bool = True, images: int = 4
+    ) -> None:
         if every is not None and every < 1:
             raise ValueError(f"every must be at least 1, or None, got {every!r}")
         if images < 0:
             raise ValueError(f"images must be at least 0, got {images!r}")
         self.criterion = criterion
         self.every = every
+        self.validation = validation
         self.images = images
         self._last = 0
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check what would otherwise fail after hours."""
-        if not isinstance(getattr(pl_module, self.criterion, None), Criterion):
+        self._check(trainer, pl_module)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check again, for `Trainer.validate`."""
+        self._check(trainer, pl_module)
+
+    def _check(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not isinstance(self._criterion(pl_module), Criterion):
             raise TypeError(f"{type(pl_module).__name__}.{self.criterion} must be a loss of mghf-loss for MGHFLogger")
         dry = getattr(trainer, "fast_dev_run", False)
         if trainer.is_global_zero and not dry and not self._writers(trainer):
@@ -109,7 +120,7 @@ class MGHFLogger(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Log the first batch of a data loader."""
-        if batch_idx:
+        if batch_idx or not self.validation:
             return
         pair = self._pair(outputs, "validation_step")
         if pair and not trainer.sanity_checking:
@@ -129,9 +140,13 @@ class MGHFLogger(Callback):
 
     def _log(self, trainer: Trainer, pl_module: LightningModule, sr: Tensor, gt: Tensor, tag: str) -> None:
         if trainer.is_global_zero:
-            criterion = getattr(pl_module, self.criterion)
+            criterion = self._criterion(pl_module)
             for writer in self._writers(trainer):
                 log_pair(writer, criterion, sr, gt, trainer.global_step, tag=tag, images=self.images)
+
+    def _criterion(self, pl_module: LightningModule) -> Any:
+        criterion = getattr(pl_module, self.criterion, None)
+        return getattr(criterion, "_orig_mod", criterion)  # what torch.compile wraps
 
     @staticmethod
     def _writers(trainer: Trainer) -> list[SummaryWriter]:

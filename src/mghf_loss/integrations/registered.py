@@ -50,7 +50,7 @@ class TrainerLoss(nn.Module):
     def weighted_terms(self, sr: Tensor, gt: Tensor) -> dict[str, Tensor]:
         """Coefficient * term by name, 0-d, of `sr` against `gt`, (B, 3, H, W); gradient to `sr` only.
 
-        The first call looks whether `gt` fills `input_range`, and warns where it does not.
+        The first call warns where `gt` leaves `input_range`, or hardly leaves its black.
         """
         criterion = self.criterion
         values = {
@@ -111,11 +111,12 @@ def check_loss_weight(name: str, value: float) -> float:
 
 
 def _warn_of_range(gt: Tensor, input_range: tuple[float, float]) -> None:
-    """Warn where values of `gt` leave the range by 1 %, or all lie within 2 % of its black."""
+    """Warn where `gt` leaves the range by 5 %, lies within 2 % of its black, or has nothing below 0 where it may."""
     low, high = (bound.item() for bound in gt.detach().aminmax())
     black, white = input_range
     unit = white - black
-    if low < black - 0.01 * unit or high > white + 0.01 * unit or high < black + 0.02 * unit:
+    outside = low < black - 0.05 * unit or high > white + 0.05 * unit
+    if outside or high < black + 0.02 * unit or low >= 0 > black:
         warnings.warn(
             f"the first GT has values from {low:.4g} to {high:.4g}, while input_range is ({black:g}, {white:g}): "
             "unless these images are meant to be so, set input_range to what the data set gives",

@@ -52,6 +52,7 @@ def log_pair(
     Raises:
         ValueError, TypeError: as `criterion(sr, gt)`, and where `criterion` or `images` are not as above.
     """
+    criterion = getattr(criterion, "_orig_mod", criterion)  # what torch.compile wraps
     if not isinstance(criterion, Criterion):
         raise TypeError(f"criterion must be a loss of this package, got {type(criterion).__name__}")
     if images < 0:
@@ -75,9 +76,9 @@ def log_pair(
         shown = rescale(image.detach().float(), criterion.input_range, (0.0, 1.0)).clamp(0, 1)
         writer.add_images(f"{tag}/{name}", shown, step)
     for name, heat in criterion.heatmap(sr, gt, generator=generator).items():
-        # One pixel in a hundred may saturate, so that a single speck does not darken the rest. Not `quantile`, which
-        # took 16 million values at most in older versions of PyTorch.
-        high = heat.flatten().kthvalue(max(1, round(0.99 * heat.numel()))).values.clamp(min=1e-30)
+        # One pixel in a hundred may saturate, so that a single speck does not darken the rest. Sorted, as `quantile`
+        # takes 16 million values at most in older versions of PyTorch, and `kthvalue` is not deterministic on CUDA.
+        high = heat.flatten().sort().values[max(1, round(0.99 * heat.numel())) - 1].clamp(min=1e-30)
         # Red, green and blue rise one after the other: Matplotlib's "hot", nearly.
         colours = torch.stack([3 * heat / high - channel for channel in range(3)], dim=1)
         writer.add_images(f"{tag}/heatmap/{name}", colours.clamp(0, 1).float(), step)
