@@ -207,7 +207,8 @@ def test_the_loss_may_be_built_late_compiled_and_logged_in_training_alone(exampl
 def test_a_test_needs_no_logger(example, tmp_path):
     module = example.SR()
     module.test_step = lambda gt, batch_idx: module.log("loss", module.criterion(module.model(downscale(gt)), gt))
-    trainer(tmp_path, logger=False, callbacks=[MGHFLogger()]).test(module, batches(2, 16))
+    (metrics,) = trainer(tmp_path, logger=False, callbacks=[MGHFLogger()]).test(module, batches(2, 16))
+    assert metrics["loss"] > 0
 
 
 def test_a_dry_run_needs_no_logger(example, tmp_path):

@@ -36,7 +36,7 @@ from torch import Tensor
 
 from ..criterion import Criterion
 from . import needs
-from .tensorboard import log_pair
+from .tensorboard import log_pair, uncompiled
 
 with needs("tensorboard", "pip install tensorboard"):
     from torch.utils.tensorboard import SummaryWriter
@@ -88,7 +88,7 @@ class MGHFLogger(Callback):
         self._check(trainer, pl_module)
 
     def _check(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not isinstance(self._criterion(pl_module), Criterion):
+        if not isinstance(uncompiled(getattr(pl_module, self.criterion, None)), Criterion):
             raise TypeError(f"{type(pl_module).__name__}.{self.criterion} must be a loss of mghf-loss for MGHFLogger")
         dry = getattr(trainer, "fast_dev_run", False)
         if trainer.is_global_zero and not dry and not self._writers(trainer):
@@ -140,13 +140,9 @@ class MGHFLogger(Callback):
 
     def _log(self, trainer: Trainer, pl_module: LightningModule, sr: Tensor, gt: Tensor, tag: str) -> None:
         if trainer.is_global_zero:
-            criterion = self._criterion(pl_module)
+            criterion = getattr(pl_module, self.criterion)
             for writer in self._writers(trainer):
                 log_pair(writer, criterion, sr, gt, trainer.global_step, tag=tag, images=self.images)
-
-    def _criterion(self, pl_module: LightningModule) -> Any:
-        criterion = getattr(pl_module, self.criterion, None)
-        return getattr(criterion, "_orig_mod", criterion)  # what torch.compile wraps
 
     @staticmethod
     def _writers(trainer: Trainer) -> list[SummaryWriter]:

@@ -12,7 +12,7 @@ Needs a writer with `add_scalar` and `add_images` (`torch.utils.tensorboard`, te
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -52,7 +52,7 @@ def log_pair(
     Raises:
         ValueError, TypeError: as `criterion(sr, gt)`, and where `criterion` or `images` are not as above.
     """
-    criterion = getattr(criterion, "_orig_mod", criterion)  # what torch.compile wraps
+    criterion = uncompiled(criterion)
     if not isinstance(criterion, Criterion):
         raise TypeError(f"criterion must be a loss of this package, got {type(criterion).__name__}")
     if images < 0:
@@ -82,3 +82,8 @@ def log_pair(
         # Red, green and blue rise one after the other: Matplotlib's "hot", nearly.
         colours = torch.stack([3 * heat / high - channel for channel in range(3)], dim=1)
         writer.add_images(f"{tag}/heatmap/{name}", colours.clamp(0, 1).float(), step)
+
+
+def uncompiled(criterion: Any) -> Any:
+    """The loss inside what `torch.compile` returns; anything else as it is."""
+    return getattr(criterion, "_orig_mod", criterion)
