@@ -51,10 +51,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mghf_loss import HighFrequencyINN, INNConfig, MGHFLoss, checkpoints
-from mghf_loss.checkpoints import write_atomically
-from mghf_loss.demo import MGHF_WEIGHT, SmallSR, downscale, upscale
+from mghf_loss._files import format_table, write_atomically, write_table
+from mghf_loss.demo import MGHF_WEIGHT
 from mghf_loss.mghf import DEFAULT_COEFFICIENTS
-from mghf_loss.tables import format_table, write_table
+from mghf_loss.toy import SmallSR, downscale, upscale
 from mghf_loss.training.loop import TrainConfig, train_inn
 from mghf_loss.training.objective import add_noise, code_length
 

@@ -19,9 +19,9 @@ from torch import Tensor
 from tqdm import trange
 
 import mghf_loss
-from mghf_loss.demo import downscale, upscale
+from mghf_loss._files import write_table
 from mghf_loss.mghf import DEFAULT_COEFFICIENTS
-from mghf_loss.tables import write_table
+from mghf_loss.toy import downscale, upscale
 from mghf_loss.training.data import Cropping, FolderCrops, list_images
 
 

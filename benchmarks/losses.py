@@ -51,13 +51,12 @@ from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 from mghf_loss import DinoJSDLoss, MGHFLoss, MGHFnLoss
-from mghf_loss.checkpoints import write_atomically
-from mghf_loss.demo import SmallSR, downscale
+from mghf_loss._files import format_table, write_atomically, write_table
+from mghf_loss.criterion import Memory
 from mghf_loss.dino import DEFAULT_MODEL
 from mghf_loss.frozen import Frozen
-from mghf_loss.memory import Memory
 from mghf_loss.mghf import DEFAULT_COEFFICIENTS
-from mghf_loss.tables import format_table, write_table
+from mghf_loss.toy import SmallSR, downscale
 
 OURS = "mghf-loss"
 STEP = "SR step"

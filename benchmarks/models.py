@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from tasks import is_sr
 from torch import Tensor, nn
 
-from mghf_loss.demo import SCALE, SmallSR, upscale
+from mghf_loss.toy import SCALE, SmallSR, upscale
 
 MODELS = ("edsr", "swinir", "one-step")
 

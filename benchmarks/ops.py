@@ -42,9 +42,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mghf_loss import terms
-from mghf_loss.checkpoints import write_atomically
+from mghf_loss._files import write_atomically, write_table
 from mghf_loss.ops import active_path, patch_nce, second_order_statistics
-from mghf_loss.tables import write_table
 
 MIB = 2**20
 Call = Callable[[Tensor, Tensor], Tensor]

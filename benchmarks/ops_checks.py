@@ -17,7 +17,7 @@ from losses import peak_bytes
 from ops import MIB, fused_patch_nce, make_inputs, percentiles, samples
 from torch import Tensor
 
-from mghf_loss.ops import patch_nce_triton, statistics, statistics_triton
+from mghf_loss.ops import nce_triton, statistics, statistics_triton
 from mghf_loss.ops.statistics_triton import _round_tf32
 
 formula = importlib.import_module("mghf_loss.ops.patch_nce")
@@ -120,7 +120,7 @@ def patch_nce_stages(device: torch.device) -> str:
     sr, gt = torch.randn(2, 2, 45, 1024, device=device).unbind(0)
     arguments = (0.07, "hard", 1.0, 1.0, 5, 0.0, True, "fast")
     for stages in (1, 2, 3):
-        results.append(patch_nce_triton.patch_nce_triton(sr, gt, *arguments, stages=stages))
+        results.append(nce_triton.patch_nce_triton(sr, gt, *arguments, stages=stages))
     return equal(results)
 
 
@@ -128,11 +128,11 @@ def zero_trips(device: torch.device) -> str:
     sr, gt = torch.randn(2, 2, 45, 100, device=device).unbind(0)
     arguments = (0.07, "hard", 1.0, 1.0, 20, 0.0, True, "fast")
     exact = formula.patch_nce_formula(sr.double(), gt.double(), *arguments)
-    before, patch_nce_triton.STORED_PLACES = patch_nce_triton.STORED_PLACES, 0
+    before, nce_triton.STORED_PLACES = nce_triton.STORED_PLACES, 0
     try:
-        found = patch_nce_triton.patch_nce_triton(sr, gt, *arguments)
+        found = nce_triton.patch_nce_triton(sr, gt, *arguments)
     finally:
-        patch_nce_triton.STORED_PLACES = before
+        nce_triton.STORED_PLACES = before
     errors = [((f.double() - e).norm() / e.norm()).item() for f, e in zip(found, exact, strict=True)]
     return f"loss {errors[0]:.1e}, gradient {errors[1]:.1e}"
 

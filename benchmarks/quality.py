@@ -60,9 +60,7 @@ from tasks import TASKS, degrade, is_sr, starting_point
 from torch import Tensor, nn
 
 from mghf_loss import checkpoints
-from mghf_loss.checkpoints import write_atomically
-from mghf_loss.images import open_image, read_image
-from mghf_loss.tables import format_table, write_table
+from mghf_loss._files import format_table, open_image, read_image, write_atomically, write_table
 from mghf_loss.training.data import list_images
 
 if sys.version_info >= (3, 11):

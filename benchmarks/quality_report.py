@@ -30,9 +30,8 @@ from quality import (
 from runs import read_json, slug, spread
 from torch import Tensor
 
-from mghf_loss.checkpoints import write_atomically
-from mghf_loss.demo import photograph
-from mghf_loss.tables import write_table
+from mghf_loss._files import write_atomically, write_table
+from mghf_loss.toy import photograph
 
 Summary = dict[str, dict[str, tuple[float, float]]]  # loss -> metric -> mean, half the range over seeds
 

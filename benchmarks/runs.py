@@ -24,8 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import mghf_loss
-from mghf_loss.checkpoints import write_atomically
-from mghf_loss.images import read_pixels
+from mghf_loss._files import read_pixels, write_atomically
 from mghf_loss.training.data import list_images
 
 

@@ -29,8 +29,8 @@ from kornia.filters import filter2d, get_gaussian_kernel2d, get_motion_kernel2d
 from PIL import Image
 from torch import Tensor
 
-from mghf_loss.demo import SCALE, downscale, upscale
-from mghf_loss.images import read_pixels
+from mghf_loss._files import read_pixels
+from mghf_loss.toy import SCALE, downscale, upscale
 
 TASKS = ("sr-bicubic", "sr-noise", "sr-jpeg", "sr-bsrgan", "denoise", "deblur", "dejpeg", "inpaint")
 KERNEL = 15

@@ -22,11 +22,11 @@ from PIL import Image
 from torch import Tensor
 
 from mghf_loss import HighFrequencyINN, MGHFLoss
-from mghf_loss.channel_weights import channel_entropy, entropy_channel_weights
-from mghf_loss.checkpoints import write_atomically
-from mghf_loss.demo import downscale, photograph, upscale
+from mghf_loss._files import write_atomically
 from mghf_loss.dino import jensen_shannon
-from mghf_loss.ops.patch_nce import transport_potentials
+from mghf_loss.ops.nce import transport_potentials
+from mghf_loss.terms import channel_entropy, entropy_channel_weights
+from mghf_loss.toy import downscale, photograph, upscale
 from mghf_loss.training.evaluation import DISTORTIONS, LEVEL_NAMES, at_mse
 
 DOCS = Path(__file__).parent

@@ -11,7 +11,7 @@ from crops import RandomCrops, options
 from torch.utils.data import DataLoader
 
 from mghf_loss import MGHFLoss
-from mghf_loss.demo import SmallSR, downscale
+from mghf_loss.toy import SmallSR, downscale
 
 
 def main() -> None:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from mghf_loss.demo import TRAINING_PHOTOGRAPHS, photograph
-from mghf_loss.images import read_image
+from mghf_loss._files import read_image
+from mghf_loss.toy import TRAINING_PHOTOGRAPHS, photograph
 from mghf_loss.training.data import list_images
 
 

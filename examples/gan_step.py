@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from mghf_loss import MGHFLoss
-from mghf_loss.demo import SmallSR, downscale, upscale
+from mghf_loss.toy import SmallSR, downscale, upscale
 
 
 class Generator(SmallSR):

@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from mghf_loss import MGHFLoss
-from mghf_loss.demo import SmallSR, downscale
 from mghf_loss.integrations.lightning import MGHFLogger
+from mghf_loss.toy import SmallSR, downscale
 
 
 class SR(lightning.LightningModule):

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from mghf_loss import MGHFLoss
-from mghf_loss.demo import downscale, upscale
+from mghf_loss.toy import downscale, upscale
 
 CHANNELS = 8  # of the latent, at a quarter of the resolution
 KAPPA = 0.3

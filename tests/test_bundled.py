@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from mghf_loss import HighFrequencyINN, MGHFLoss, MGHFnLoss, checkpoints
-from mghf_loss.demo import downscale, photograph, upscale
+from mghf_loss.toy import downscale, photograph, upscale
 from mghf_loss.training.objective import add_noise, bits_per_detail
 
 GOLDEN = {

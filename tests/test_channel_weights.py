@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy.stats import entropy
 
-from mghf_loss.channel_weights import channel_entropy, entropy_channel_weights
+from mghf_loss.terms import channel_entropy, entropy_channel_weights
 
 
 def test_entropy_is_scipys_of_numpys_histogram():

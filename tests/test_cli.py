@@ -16,7 +16,7 @@ from PIL import Image
 from skimage import data
 
 from mghf_loss import MGHFLoss, __version__, cli, training
-from mghf_loss.images import read_image
+from mghf_loss._files import read_image
 
 
 @pytest.fixture

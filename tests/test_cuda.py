@@ -126,7 +126,7 @@ def test_two_runs_agree_bit_for_bit():
 
 
 def test_the_number_of_stages_changes_nothing():
-    from mghf_loss.ops.patch_nce_triton import patch_nce_triton
+    from mghf_loss.ops.nce_triton import patch_nce_triton
     from mghf_loss.ops.statistics_triton import statistics_triton
 
     for channels in (9, 45, 189):

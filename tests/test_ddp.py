@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mghf_loss import HighFrequencyINN, INNConfig, MGHFLoss
-from mghf_loss.memory import Memory
+from mghf_loss.criterion import Memory
 
 
 class Step(nn.Module):

@@ -16,7 +16,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from mghf_loss import HighFrequencyINN, MGHFLoss
-from mghf_loss.demo import SmallSR, downscale, upscale
+from mghf_loss.toy import SmallSR, downscale, upscale
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SMALL = ["--steps", "2", "--batch", "2"]

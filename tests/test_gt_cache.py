@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mghf_loss import DinoJSDLoss, HighFrequencyINN, MGHFLoss, MGHFnLoss
-from mghf_loss.gt_cache import GTCache
+from mghf_loss._gt_cache import GTCache
 
 LOSSES = ["MGHFnLoss", "MGHFLoss", "DinoJSDLoss"]
 

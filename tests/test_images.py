@@ -9,7 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from mghf_loss.images import pad_to_multiple, read_image, rescale
+from mghf_loss._files import read_image
+from mghf_loss.criterion import rescale
+from mghf_loss.inn import pad_to_multiple
 
 
 def test_rescale_by_hand():

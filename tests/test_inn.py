@@ -9,7 +9,7 @@ import torch
 
 from conftest import perturbed_inn
 from mghf_loss import HighFrequencyINN, INNConfig
-from mghf_loss.inn import AffineCoupling, ChannelMixing
+from mghf_loss.coupling import AffineCoupling, ChannelMixing
 
 VARIANTS = ["pyramid", "packet"]
 SIZES = [(8, 8), (16, 24), (37, 51), (9, 64), (101, 8)]

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
 from mghf_loss import MGHFLoss
-from mghf_loss.demo import SmallSR, downscale
+from mghf_loss.toy import SmallSR, downscale
 from test_integrations import read
 
 lightning = pytest.importorskip("lightning")

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mghf_loss import terms
 from mghf_loss.ops import patch_nce
-from mghf_loss.ops.patch_nce import transport_potentials
+from mghf_loss.ops.nce import transport_potentials
 
 # The function of this name hides the module from attribute access.
 module = importlib.import_module("mghf_loss.ops.patch_nce")

@@ -55,7 +55,7 @@ FACTORS = ("perceptual_weight", "style_weight")
 # What the README's Python takes for granted, as the reader's program has it.
 GIVEN = """
 import torch
-from mghf_loss.demo import SmallSR, downscale
+from mghf_loss.toy import SmallSR, downscale
 
 torch.manual_seed(0)
 device = "cpu"

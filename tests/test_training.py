@@ -19,7 +19,7 @@ from PIL import Image
 
 from conftest import perturbed_inn
 from mghf_loss import HighFrequencyINN, INNConfig, checkpoints
-from mghf_loss.inn import Bottleneck
+from mghf_loss.coupling import Bottleneck
 from mghf_loss.training.data import Cropping, FolderCrops, list_images, slot_seed
 from mghf_loss.training.loop import SAMPLES_FILE, STATE_FILE, TrainConfig, train_inn
 from mghf_loss.training.objective import GREY_LEVEL, add_noise, bits_per_detail, code_length

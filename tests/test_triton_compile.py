@@ -59,7 +59,7 @@ def statistics_kernels(
 def patch_nce_kernels(
     architecture: int, aligned: bool
 ) -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]]:
-    from mghf_loss.ops import patch_nce_triton as module
+    from mghf_loss.ops import nce_triton as module
 
     packed = {"query_ptr": "*fp16", "key_ptr": "*fp16"}
     for channels, precision in product(CHANNELS, ("fast", "high")):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mghf_loss import HighFrequencyINN, INNConfig, MGHFLoss
-from mghf_loss.ops import cuda, patch_nce_triton, statistics
+from mghf_loss.ops import cuda, nce, nce_triton, statistics
 from mghf_loss.ops.statistics_triton import backward_triton, statistics_triton
 
 patch_nce = importlib.import_module("mghf_loss.ops.patch_nce")
@@ -69,7 +69,7 @@ def statistics_case(name: str, shape: tuple[int, ...], precision: str, **options
 
 
 def patch_nce_case(name: str, shape: tuple[int, int, int], precision: str, **options) -> None:
-    patch_nce_triton.STORED_PLACES = 512 if options.get("stored", True) else 0
+    nce_triton.STORED_PLACES = 512 if options.get("stored", True) else 0
     gt = torch.randn(shape)
     sr = (gt + 0.7 * torch.randn(shape)) * options.get("scale", 1.0)
     if options.get("zeros"):
@@ -84,23 +84,23 @@ def patch_nce_case(name: str, shape: tuple[int, int, int], precision: str, **opt
         True,
         precision,
     )
-    exact = patch_nce.patch_nce_formula(sr.double(), gt.double(), *arguments)
+    exact = nce.patch_nce_formula(sr.double(), gt.double(), *arguments)
 
     def errors(function) -> dict[str, float]:
         found = function(sr, gt, *arguments)
         return {key: relative(f, e) for key, f, e in zip(("loss", "gradient"), found, exact, strict=True)}
 
-    report("patch_nce", name, precision, errors(patch_nce_triton.patch_nce_triton), errors(patch_nce.patch_nce_formula))
+    report("patch_nce", name, precision, errors(nce_triton.patch_nce_triton), errors(nce.patch_nce_formula))
 
 
 def early_stop_case(stored: bool) -> None:
     """Both ways to iterate stop early: at a tolerance that the first iterations meet, all of 50 change little."""
-    patch_nce_triton.STORED_PLACES = 512 if stored else 0
+    nce_triton.STORED_PLACES = 512 if stored else 0
     sr, gt = torch.randn(2, 2, 9, 40).unbind(0)
 
     def loss(iterations: int, tolerance: float) -> Tensor:
         arguments = (0.07, "hard", 1.0, 1.0, iterations, tolerance, False, "high")
-        return patch_nce_triton.patch_nce_triton(sr, gt, *arguments)[0]
+        return nce_triton.patch_nce_triton(sr, gt, *arguments)[0]
 
     converged, stopped, three, one = loss(12, 0.0), loss(12, 1e-3), loss(3, 0.0), loss(1, 0.0)
     print(
@@ -131,7 +131,7 @@ def nan_case() -> None:
 
 def whole_loss_case(precision: str) -> None:
     """MGHFLoss by the kernels against MGHFLoss by the formula."""
-    patch_nce_triton.STORED_PLACES = 512
+    nce_triton.STORED_PLACES = 512
     torch.manual_seed(0)
     inn = HighFrequencyINN(INNConfig(hidden=8))
     criterion = MGHFLoss(inn=inn, patches=40, precision=precision)
@@ -145,14 +145,14 @@ def whole_loss_case(precision: str) -> None:
 
     expected = run()
     kernels = SimpleNamespace(
-        patch_nce=patch_nce_triton.patch_nce_triton, statistics=statistics_triton, statistics_backward=backward_triton
+        patch_nce=nce_triton.patch_nce_triton, statistics=statistics_triton, statistics_backward=backward_triton
     )
     cuda._kernels, cuda.reason_against_kernels = lambda: kernels, lambda device: None
     library = torch.library.Library("mghf_loss", "IMPL")
     for name, kernel, formula in (
         ("second_order_statistics", "statistics", statistics.statistics_formula),
         ("second_order_statistics_backward", "statistics_backward", statistics.backward_formula),
-        ("patch_nce", "patch_nce", patch_nce.patch_nce_formula),
+        ("patch_nce", "patch_nce", nce.patch_nce_formula),
     ):
         library.impl(name, cuda.with_fallback(name, kernel, formula), "CPU")
     found = run()

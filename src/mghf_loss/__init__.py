@@ -7,7 +7,6 @@ Reference: arXiv 2411.13548. Importing this package costs little over importing 
 huggingface_hub are imported by what needs them.
 """
 
-from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from . import terms
@@ -18,7 +17,7 @@ from .mghf import MGHFLoss, MGHFnLoss
 if TYPE_CHECKING:
     from .inn import HighFrequencyINN, INNConfig
 
-__version__ = version("mghf-loss")
+__version__ = "0.1.0"
 __all__ = [
     "CheckpointError",
     "DinoJSDLoss",

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+
+from ._files import write_atomically
 
 BUNDLED = Path(__file__).parent / "weights"
 MODEL_FILE = "model.safetensors"
@@ -91,21 +91,6 @@ def save(folder: str | Path, config: Mapping[str, Any], state_dict: Mapping[str,
 
     # Both are on the disk before either is moved: a full disk leaves the old pair, not half of each.
     write_atomically(folder / CONFIG_FILE, write_config_then_parameters)
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Call `write` with a temporary file beside `path`, then move it there: a kill leaves the old or the new."""
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    try:
-        write(Path(temporary))
-        # mkstemp makes files private; the result gets the permissions that a plain open would have given.
-        umask = os.umask(0)
-        os.umask(umask)
-        Path(temporary).chmod(0o666 & ~umask)
-        Path(temporary).replace(path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
 
 
 def _locate(name: str | Path, revision: str | None, hub_options: dict[str, Any]) -> tuple[Path, Path]:

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from . import checkpoints, ops
-from .images import check_pair, read_image
+from . import _checks, _files, checkpoints, ops
+from ._files import read_image
 from .mghf import MGHFLoss
 
 EXTRAS = {"train-inn": "train", "eval-inn": "train"}  # what a command needs where it is not "demo"
@@ -131,9 +131,9 @@ def _device(name: str) -> str:
 
 def _compare(options: argparse.Namespace) -> None:
     sr, gt = (read_image(path).to(options.device) for path in (options.sr, options.gt))
-    check_pair(sr, gt)
+    _checks.pair(sr, gt)
     coefficients = {"dino_jsd": 1.0} if options.dino else {}
-    criterion = MGHFLoss(coefficients, inn=options.inn, patches=options.patches).to(options.device)
+    criterion = MGHFLoss(coefficients=coefficients, inn=options.inn, patches=options.patches).to(options.device)
     generator = torch.Generator(options.device).manual_seed(0)
     loss, terms = criterion(sr, gt, return_terms=True, generator=generator)
     print(f"{'term':<12}{'value':>12}{'coefficient':>14}{'share':>9}")
@@ -170,7 +170,7 @@ def _plot_heatmap(path: Path, criterion: MGHFLoss, sr: torch.Tensor, gt: torch.T
             # One pixel in a hundred may saturate, so that a single speck does not darken the rest.
             high = max(float(np.quantile(panel, 0.99)), 1e-30)
             figure.colorbar(axis.imshow(panel, cmap="inferno", vmin=0, vmax=high), ax=axis, shrink=0.8)
-    checkpoints.write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=110))
+    _files.write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=110))
     plt.close(figure)
 
 
@@ -193,8 +193,8 @@ def _info(options: argparse.Namespace) -> None:
 
 
 def _demo(options: argparse.Namespace) -> None:
+    from ._files import format_table
     from .demo import run_demo
-    from .tables import format_table
 
     if options.steps < 1:
         raise ValueError(f"--steps must be at least 1, got {options.steps}")
@@ -217,7 +217,7 @@ def _train_inn(options: argparse.Namespace) -> None:
 
 
 def _eval_inn(options: argparse.Namespace) -> None:
-    from .tables import format_table
+    from ._files import format_table
     from .training.evaluation import eval_inn
 
     if not all(0 <= noise < math.inf for noise in options.noise or ()):

@@ -3,34 +3,96 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Literal, overload
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, Literal, cast, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import images, terms
+from . import _checks, terms
+from .frozen import Frozen
+
+Memory = Literal["normal", "low"]
 
 
 class Criterion(nn.Module, ABC):
     """Sum of coefficient * term: sr, gt (B, 3, H, W) -> 0-d tensor, or (B,) with `reduction="none"`.
 
     Attributes:
-        coefficients: factor of each term by name; the names are those of `term_values`.
+        coefficients: factor of each term by name, read-only; `set_coefficients` changes it.
         input_range: values of black and white in `sr` and `gt`.
         reduction: over the images of a batch, `"mean"`, `"sum"` or `"none"`.
     """
 
-    coefficients: dict[str, float]
-    input_range: tuple[float, float]
-    reduction: terms.Reduction
+    least_size = 1  # of images, in pixels
+
+    def __init__(
+        self, coefficients: Mapping[str, float], input_range: tuple[float, float], reduction: terms.Reduction
+    ) -> None:
+        super().__init__()
+        self._coefficients = dict(coefficients)
+        self.input_range = _checks.input_range(input_range)
+        self.reduction: terms.Reduction = _checks.one_of("reduction", reduction, terms.Reduction)
+        self._has_seen_gt = False
+
+    @property
+    def coefficients(self) -> Mapping[str, float]:
+        """Factor of each term by name."""
+        return MappingProxyType(self._coefficients)
+
+    @coefficients.setter
+    def coefficients(self, value: Any) -> None:
+        raise AttributeError(f"coefficients are read-only: use set_coefficients(name=factor, ...), got {value!r}")
+
+    def set_coefficients(self, **coefficients: float) -> None:
+        """Change factors of terms from the next call on, for a schedule: `criterion.set_coefficients(style=2.0)`.
+
+        A compiled loss is compiled again. A term with 0 is not computed.
+
+        Raises:
+            ValueError: a term is unknown, a factor is no finite number of at least 0, all factors would be 0, or the
+                network that the term needs was not loaded because the term was off when the loss was built.
+        """
+        unavailable = [name for name, factor in coefficients.items() if factor and not self._is_available(name)]
+        if unavailable:
+            raise ValueError(
+                f"the network of {', '.join(unavailable)} is not loaded, because the term was off when the loss was "
+                f"built: give it a factor there, {type(self).__name__}(coefficients={{{unavailable[0]!r}: ...}})"
+            )
+        self._change_coefficients(coefficients)
+
+    def _change_coefficients(self, changes: Mapping[str, float]) -> None:
+        if not isinstance(changes, Mapping):
+            raise TypeError(f"coefficients must be a mapping from term to factor, got {changes!r}")
+        _checks.names("term", changes, self._coefficients)
+        factors = {name: _checks.number(f"coefficients[{name!r}]", factor) for name, factor in changes.items()}
+        merged = {**self._coefficients, **factors}
+        if not any(merged.values()):
+            raise ValueError("all coefficients are 0: there is nothing to compute")
+        self._coefficients = merged
 
     @abstractmethod
-    def term_values(self, sr: Tensor, gt: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """Unweighted terms by name and per image (B,), differentiable in `sr`.
+    def _frozen(self) -> Frozen[Any]:
+        """Return one of the frozen networks, which says where the loss is."""
 
-        `generator` is the source of what is random, PatchNCE's places; the global one where None.
-        """
+    def _is_available(self, term: str) -> bool:
+        """Whether the network that `term` needs is there."""
+        return True
+
+    @abstractmethod
+    def _terms(self, sr: Tensor, gt: Tensor, generator: torch.Generator | None) -> dict[str, Tensor]:
+        """Unweighted terms by name and per image (B,) of a checked pair."""
+
+    def term_values(self, sr: Tensor, gt: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """Unweighted terms by name and per image (B,), differentiable in `sr`; arguments as in `forward`."""
+        _checks.generator(generator)
+        _checks.pair(sr, gt, least_size=self.least_size, device=self._frozen().device)
+        if not self._has_seen_gt and not torch.compiler.is_compiling():
+            self._has_seen_gt = True
+            _checks.warn_of_range(gt, *self.input_range)
+        return self._terms(sr, gt, generator)
 
     @overload
     def forward(
@@ -52,17 +114,18 @@ class Criterion(nn.Module, ABC):
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of `sr` against `gt`, both (B, 3, H, W) in `input_range`; gradient to `sr` only.
 
+        The first call warns where the values of `gt` do not look like `input_range`.
+
         Args:
             sr: super-resolved images.
             gt: ground truth; never gets a gradient.
             return_terms: also return the unweighted terms by name, detached, reduced like the loss.
-            generator: source of PatchNCE's random places; the global one where None.
+            generator: chooses PatchNCE's random locations together with the two images. Its seed does, and drawing
+                from it does not change that, so that gradient checkpointing computes the same loss again.
         """
-        _check_generator(generator)
         values = self.term_values(sr, gt, generator)
-        total = sum(self.coefficients[name] * value for name, value in values.items())
-        assert isinstance(total, Tensor)
-        loss = terms.reduce(total, self.reduction)
+        total = sum(self._coefficients[name] * value for name, value in values.items())
+        loss = terms.reduce(cast(Tensor, total), self.reduction)
         if not return_terms:
             return loss
         return loss, {name: terms.reduce(value.detach(), self.reduction) for name, value in values.items()}
@@ -74,9 +137,8 @@ class Criterion(nn.Module, ABC):
         colours of the gradient of each image's own loss, whatever `reduction` is, in units of the loss per unit of
         `input_range`, averaged over 5 x 5 pixels. Also without gradients and in inference mode.
         """
-        _check_generator(generator)
         with torch.no_grad():
-            images.check_pair(sr, gt)
+            _checks.pair(sr, gt)
         with torch.inference_mode(False), torch.enable_grad():
             # Half precision would lose what is small; an inference tensor takes part in no gradient.
             sr = sr.to(torch.promote_types(sr.dtype, torch.float32))
@@ -84,7 +146,7 @@ class Criterion(nn.Module, ABC):
             sr = sr.detach().requires_grad_()
             values = self.term_values(sr, gt, generator)
             gradients = {
-                name: torch.autograd.grad(self.coefficients[name] * value.sum(), sr, retain_graph=True)[0]
+                name: torch.autograd.grad(self._coefficients[name] * value.sum(), sr, retain_graph=True)[0]
                 for name, value in values.items()
             }
         gradients["total"] = torch.stack(list(gradients.values())).sum(0)
@@ -93,7 +155,14 @@ class Criterion(nn.Module, ABC):
             for name, gradient in gradients.items()
         }
 
+    def extra_repr(self) -> str:
+        """Show the coefficients."""
+        return ", ".join(f"{name}={value:g}" for name, value in self._coefficients.items())
 
-def _check_generator(generator: object) -> None:
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(f"generator must be a torch.Generator or None, got {generator!r}")
+
+def rescale(image: Tensor, source: tuple[float, float], target: tuple[float, float]) -> Tensor:
+    """Map the range `source` to the range `target`, linearly and without clamping."""
+    if source == target:
+        return image
+    scale = (target[1] - target[0]) / (source[1] - source[0])
+    return image * scale + (target[0] - source[0] * scale)

@@ -8,19 +8,16 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from skimage import data
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .checkpoints import write_atomically
+from ._files import write_atomically, write_table
 from .mghf import MGHFLoss
-from .tables import write_table
+from .toy import TRAINING_PHOTOGRAPHS, SmallSR, downscale, photograph, random_crop, upscale
 
-SCALE = 4
 # Factor of MGHFLoss beside L1.
 MGHF_WEIGHT = 0.05
-TRAINING_PHOTOGRAPHS = ("astronaut", "rocket", "camera", "stereo_motorcycle")
 UNSEEN_PHOTOGRAPHS = {"chelsea": (110, 130), "coffee": (160, 330)}  # with the corner of the crop to zoom into
 ZOOM = 72
 EVALUATIONS = 12
@@ -34,57 +31,6 @@ class Run:
     model: nn.Module
     steps: list[int] = field(default_factory=list)
     terms: list[dict[str, float]] = field(default_factory=list)
-
-
-class SmallSR(nn.Module):
-    """A small EDSR: residual blocks at low resolution, pixel shuffle, added to bicubic."""
-
-    def __init__(self, width: int = 32, blocks: int = 4, in_channels: int = 3) -> None:
-        super().__init__()
-        self.head = nn.Conv2d(in_channels, width, 3, padding=1)
-        self.blocks = nn.ModuleList(
-            nn.Sequential(
-                nn.Conv2d(width, width, 3, padding=1), nn.ReLU(inplace=True), nn.Conv2d(width, width, 3, padding=1)
-            )
-            for _ in range(blocks)
-        )
-        self.tail = nn.Conv2d(width, 3 * SCALE**2, 3, padding=1)
-        for parameter in self.tail.parameters():  # training starts from bicubic
-            nn.init.zeros_(parameter)
-
-    def forward(self, lr: Tensor) -> Tensor:
-        """Upscale (B, 3, h, w) to (B, 3, 4h, 4w)."""
-        return upscale(lr) + self.residual(lr)
-
-    def residual(self, x: Tensor) -> Tensor:
-        """Map (B, C, h, w), C the constructor's `in_channels`, to what is added to an image (B, 3, 4h, 4w)."""
-        x = self.head(x)
-        for block in self.blocks:
-            x = x + block(x)
-        return F.pixel_shuffle(self.tail(x), SCALE)
-
-
-def upscale(lr: Tensor) -> Tensor:
-    """Bicubic x4."""
-    return F.interpolate(lr, scale_factor=SCALE, mode="bicubic", align_corners=False)
-
-
-def downscale(gt: Tensor) -> Tensor:
-    """Bicubic, antialiased, to a quarter."""
-    size = [side // SCALE for side in gt.shape[-2:]]
-    return F.interpolate(gt, size, mode="bicubic", antialias=True, align_corners=False)
-
-
-def photograph(name: str) -> Tensor:
-    """One of scikit-image's photographs as (1, 3, H, W) in [0, 1], cut to multiples of 4."""
-    pixels = getattr(data, name)()
-    if isinstance(pixels, tuple):  # a stereo pair with its disparity
-        pixels = pixels[0]
-    if pixels.ndim == 2:
-        pixels = np.repeat(pixels[..., None], 3, 2)
-    image = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None].float() / 255
-    height, width = (side // SCALE * SCALE for side in image.shape[-2:])
-    return image[..., :height, :width]
 
 
 def run_demo(out: Path, steps: int, seed: int, device: str) -> list[dict[str, object]]:
@@ -126,7 +72,7 @@ def _train(
     patches = torch.Generator(device).manual_seed(seed)
     progress = tqdm(range(steps), desc=name, unit="step")
     for step in progress:
-        gt = torch.cat([_random_crop(train, crops) for _ in range(8)])
+        gt = torch.cat([random_crop(train, crops) for _ in range(8)])
         sr = run.model(downscale(gt))
         loss = F.l1_loss(sr, gt)
         if criterion is not None:
@@ -143,12 +89,6 @@ def _train(
             run.terms.append(_terms(srs, list(unseen.values()), judge))
             progress.set_postfix(loss=f"{loss.item():.4f}")
     return run
-
-
-def _random_crop(photographs: list[Tensor], generator: torch.Generator, size: int = 96) -> Tensor:
-    gt = photographs[int(torch.randint(len(photographs), (), generator=generator))]
-    top, left = (int(torch.randint(side - size + 1, (), generator=generator)) for side in gt.shape[-2:])
-    return gt[..., top : top + size, left : left + size]
 
 
 @torch.no_grad()

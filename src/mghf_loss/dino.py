@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import difflib
 import math
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import images, terms
+from . import _checks, terms
+from ._gt_cache import GTCache
 from .checkpoints import CheckpointError, download_failure
-from .criterion import Criterion
+from .criterion import Criterion, Memory, rescale
 from .frozen import Frozen
-from .gt_cache import GTCache
-from .memory import Memory, check_memory
 
 Tokens = Literal["class", "patch"]
 DEFAULT_MODEL = "vit_small_patch14_dinov2.lvd142m"
@@ -39,7 +38,7 @@ class DinoJSDLoss(Criterion):
         reduction: `"mean"`, `"sum"` or `"none"` (per image).
         memory: `"low"` computes every transformer block again in the backward pass (timm's gradient checkpointing)
             instead of keeping what is inside it.
-        cache_gt: keep the embedding of the last GT between calls; see `mghf_loss.gt_cache.GTCache`.
+        cache_gt: keep the embedding of the last GT between calls; see `mghf_loss._gt_cache.GTCache`.
 
     Raises:
         ValueError: an argument is not as above, or timm has no such model.
@@ -49,12 +48,10 @@ class DinoJSDLoss(Criterion):
     the embedding dimension, temperature 1 and the choice of tokens are ours.
     """
 
-    mean: Tensor
-    std: Tensor
-
     def __init__(
         self,
         model: str | nn.Module = DEFAULT_MODEL,
+        *,
         tokens: Tokens = "class",
         temperature: float = 1.0,
         input_range: tuple[float, float] = (0.0, 1.0),
@@ -62,55 +59,67 @@ class DinoJSDLoss(Criterion):
         memory: Memory = "normal",
         cache_gt: bool = False,
     ) -> None:
-        super().__init__()
-        if tokens not in get_args(Tokens):
-            raise ValueError(f"tokens must be one of {get_args(Tokens)}, got {tokens!r}")
-        if not temperature > 0:
-            raise ValueError(f"temperature must be positive, got {temperature!r}")
-        self.tokens = tokens
-        self.temperature = temperature
-        self.input_range = images.check_range(input_range)
-        self.coefficients = {"dino_jsd": 1.0}
-        self.reduction = terms.check_reduction(reduction)
-        network = _load_dino(model) if isinstance(model, str) else model
-        try:
-            self.patch_size: tuple[int, int] = tuple(network.patch_embed.patch_size)  # type: ignore[assignment]
-            config: dict[str, Any] = network.pretrained_cfg  # type: ignore[assignment]
-            mean, std = config["mean"], config["std"]
-        except (AttributeError, KeyError, TypeError) as error:
-            raise ValueError(f"model must be a timm vision transformer, got {model!r}") from error
-        if check_memory(memory) == "low":  # otherwise a ready model's own setting stays
-            network.set_grad_checkpointing()  # type: ignore[operator]
+        super().__init__({"dino_jsd": 1.0}, input_range, reduction)
+        self.tokens: Tokens = _checks.one_of("tokens", tokens, Tokens)
+        self.temperature = _checks.number("temperature", temperature, above=True)
+        _checks.one_of("memory", memory, Memory)
         self.gt_embedding: GTCache[Tensor] = GTCache(cache_gt)
-        self.network = Frozen(network)
-        self.register_buffer("mean", torch.tensor(mean).reshape(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).reshape(1, 3, 1, 1), persistent=False)
+        network = _load_dino(model) if isinstance(model, str) else model
+        if memory == "low":  # otherwise a ready model's own setting stays
+            network.set_grad_checkpointing()  # type: ignore[operator]
+        self.network = Frozen(TokenEmbedding(network, tokens))
 
-    def term_values(self, sr: Tensor, gt: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """`dino_jsd` per image (B,), differentiable in `sr`; nothing is random here."""
-        images.check_pair(sr, gt)
-        parameter = next(self.network.network.parameters())
-        gt_embedding = self.gt_embedding.get(
-            gt, self.embed, parameter.dtype, parameter.device, self.input_range, self.tokens
-        )
+    def _frozen(self) -> Frozen[Any]:
+        return self.network
+
+    def _terms(self, sr: Tensor, gt: Tensor, generator: torch.Generator | None) -> dict[str, Tensor]:
+        settings = self.network.network, self.network.dtype, self.input_range
+        gt_embedding = self.gt_embedding.get(gt, self.embed, *settings)
         divergence = jensen_shannon(self.embed(sr) / self.temperature, gt_embedding / self.temperature)
         return {"dino_jsd": divergence.mean(1)}
 
     def embed(self, image: Tensor) -> Tensor:
-        """Embeddings (B, tokens, D), in float32 at least: one token, or all patches'."""
-        network = self.network.network
-        parameter = next(network.parameters())
-        image = images.rescale(image.to(parameter.dtype), self.input_range, (0.0, 1.0))
+        """Embed images (B, 3, H, W) in `input_range` as (B, tokens, D), in float32 at least."""
+        embedding = self.network.network(rescale(image.to(self.network.dtype), self.input_range, (0.0, 1.0)))
+        return embedding.to(torch.promote_types(embedding.dtype, torch.float32))
+
+
+class TokenEmbedding(nn.Module):
+    """A timm ViT from (B, 3, H, W) in [0, 1], of any size, to the embeddings of its class or patch tokens (B, n, D)."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, vit: nn.Module, tokens: Tokens) -> None:
+        super().__init__()
+        try:
+            self.patch_size: tuple[int, int] = tuple(vit.patch_embed.patch_size)  # type: ignore[assignment]
+            config: dict[str, Any] = vit.pretrained_cfg  # type: ignore[assignment]
+            mean, std = config["mean"], config["std"]
+            prefix: int = vit.num_prefix_tokens  # type: ignore[assignment]
+            has_class_token = vit.cls_token is not None
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"model must be a timm vision transformer, got {vit!r:.200}") from error
+        if tokens == "class" and not has_class_token:
+            raise ValueError('the model has no class token: use tokens="patch", or another model')
+        if not (getattr(vit, "dynamic_img_size", False) or getattr(vit.patch_embed, "dynamic_img_pad", False)):
+            raise ValueError(
+                "the model takes images of one size alone: build it with timm.create_model(..., dynamic_img_size=True)"
+            )
+        self.vit = vit
+        self.tokens = slice(1) if tokens == "class" else slice(prefix, None)
+        parameter = next(vit.parameters())
+        for name, value in (("mean", mean), ("std", std)):
+            self.register_buffer(name, torch.tensor(value).to(parameter).reshape(1, 3, 1, 1), persistent=False)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Resize to the nearest multiple of the patch size, normalise, and embed."""
         size = [
             max(1, round(side / patch)) * patch for side, patch in zip(image.shape[-2:], self.patch_size, strict=True)
         ]
         if size != list(image.shape[-2:]):
             image = F.interpolate(image, size, mode="bicubic", antialias=True, align_corners=False)
-        image = (image - self.mean) / self.std
-        tokens: Tensor = network.forward_features(image)  # type: ignore[operator]
-        prefix: int = network.num_prefix_tokens  # type: ignore[assignment]
-        tokens = tokens[:, :1] if self.tokens == "class" else tokens[:, prefix:]
-        return tokens.to(torch.promote_types(tokens.dtype, torch.float32))
+        return self.vit.forward_features((image - self.mean) / self.std)[:, self.tokens]  # type: ignore[operator]
 
 
 def jensen_shannon(a: Tensor, b: Tensor) -> Tensor:

@@ -1,11 +1,12 @@
-"""A frozen network inside a loss: in eval mode for ever, without gradients, out of every state dict."""
+"""A frozen network inside a loss: in eval mode for ever, without gradients, out of every state dict, never rounded."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -13,25 +14,62 @@ Network = TypeVar("Network", bound=nn.Module)
 class Frozen(nn.Module, Generic[Network]):
     """Holds `network` beside the module tree, so that a training module may own it and never notice.
 
-    The network is not registered as a submodule: `parameters()`, `state_dict()`, `train()`, optimisers, DDP
-    and summaries do not see it, and a strict `load_state_dict` takes checkpoints with or without its keys
-    (theirs are ignored: the network's parameters come from its own checkpoint). `.to()`, `.cuda()`, `.half()`
-    and the like still move and convert it.
+    The network is not registered as a submodule: `parameters()`, `state_dict()`, `train()`, optimisers, DDP, FSDP
+    and summaries do not see it, and a strict `load_state_dict` takes checkpoints with or without its keys (theirs are
+    ignored: the network's parameters come from its own checkpoint).
+
+    Whatever converts or moves the parent tells the network its device and its dtype, and never its values: `.cuda()`
+    and `.double()` are followed, `.half()` and `.bfloat16()` leave float32, `.to("meta")` leaves the network where it
+    is, and `.to_empty(device=...)` moves it with its values.
+
+    Raises:
+        TypeError: what is assigned to `network` is no module.
+        ValueError: its parameters have no values (meta device) or take part in no gradient (inference mode).
     """
 
     network: Network
 
     def __init__(self, network: Network) -> None:
         super().__init__()
-        # Assignment would register a submodule.
-        self.__dict__["network"] = network.requires_grad_(False).eval()
+        self.network = network
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Keep a network out of the module tree, where plain assignment would register it."""
+        if name != "network":
+            super().__setattr__(name, value)
+            return
+        if not isinstance(value, nn.Module):
+            raise TypeError(f"network must be a torch.nn.Module, got {type(value).__name__}")
+        for parameter in value.parameters():
+            if parameter.is_meta or parameter.is_inference():
+                where = "on the meta device" if parameter.is_meta else "built under torch.inference_mode()"
+                raise ValueError(f"the frozen {type(value).__name__} is {where}: build it outside of that")
+        self.__dict__["network"] = value.requires_grad_(False).eval()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return next(self.network.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the network computes in: float32 at least."""
+        return next(self.network.parameters()).dtype
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Frozen[Network]:
-        self.network._apply(fn, recurse)
+        probe: Tensor = fn(torch.zeros(1, dtype=self.dtype, device=self.device))
+        if not probe.is_meta:
+            self.network.to(probe.device, torch.promote_types(probe.dtype, torch.float32))
         return super()._apply(fn, recurse)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         """Ignore every key: none is missing, none unexpected."""
+
+    def _replicate_for_data_parallel(self) -> Any:
+        raise RuntimeError(
+            "nn.DataParallel does not copy the frozen network of a loss: call the loss outside of it, "
+            "or use DistributedDataParallel"
+        )
 
     def extra_repr(self) -> str:
         """Name the hidden network and its size."""

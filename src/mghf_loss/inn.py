@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from FrEIA.framework import SequenceINN
-from FrEIA.modules import HaarDownsampling, InvertibleModule
+from FrEIA.modules import HaarDownsampling
 from huggingface_hub import ModelHubMixin
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from . import checkpoints
-from .images import check_image, pad_to_multiple
+from . import _checks, _files, checkpoints
+from .coupling import AffineCoupling, ChannelMixing
 
 Variant = Literal["pyramid", "packet"]
 Mixing = Literal["learned", "fixed"]
@@ -49,18 +47,12 @@ class INNConfig:
     noise_floor: float = 12.0
 
     def __post_init__(self) -> None:
-        if self.variant not in get_args(Variant):
-            raise ValueError(f"variant must be one of {get_args(Variant)}, got {self.variant!r}")
-        if self.mixing not in get_args(Mixing):
-            raise ValueError(f"mixing must be one of {get_args(Mixing)}, got {self.mixing!r}")
+        _checks.one_of("variant", self.variant, Variant)
+        _checks.one_of("mixing", self.mixing, Mixing)
         for name in ("levels", "couplings", "hidden"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a positive integer, got {value!r}")
-        if not self.clamp > 0:
-            raise ValueError(f"clamp must be positive, got {self.clamp!r}")
-        if not self.noise_floor >= 0:
-            raise ValueError(f"noise_floor must be at least 0 (in 1/255), got {self.noise_floor!r}")
+            _checks.integer(name, getattr(self, name), least=1)
+        _checks.number("clamp", self.clamp, above=True)
+        _checks.number("noise_floor", self.noise_floor)
 
 
 class Latent(NamedTuple):
@@ -77,169 +69,6 @@ class Latent(NamedTuple):
     low_pass: Tensor
     size: tuple[int, int]
     log_det_jac: Tensor | None
-
-
-class Bottleneck(nn.Sequential):
-    """1x1, depthwise 3x3, 1x1 convolution with ReLU between: (B, C_in, h, w) -> (B, C_out, h, w).
-
-    Starts as the zero function, so that a new coupling is the identity.
-    """
-
-    # Of the convolutions in training mode, bfloat16 for instance; None is that of the input. A coupling is a
-    # bijection whatever computes its scale and shift, and its determinant follows from the scale as computed.
-    training_dtype: torch.dtype | None = None
-
-    def __init__(self, in_channels: int, hidden: int, out_channels: int) -> None:
-        super().__init__(
-            nn.Conv2d(in_channels, hidden, 1),
-            nn.ReLU(inplace=True),
-            nn.Conv2d(hidden, hidden, 3, groups=hidden),
-            nn.ReLU(inplace=True),
-            nn.Conv2d(hidden, out_channels, 1),
-        )
-        for parameter in self[-1].parameters():
-            nn.init.zeros_(parameter)
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Apply the block; every map keeps its height and width."""
-        # Reflection padding commutes with a 1x1 convolution and ReLU; padding the few input channels rather
-        # than the hidden ones saves a copy of the hidden map. A map of one place has nothing to reflect.
-        mode = "reflect" if min(input.shape[-2:]) > 1 else "replicate"
-        padded = F.pad(input, (1, 1, 1, 1), mode=mode)
-        parameters = tuple(self.parameters())
-        if padded.requires_grad and not any(parameter.requires_grad for parameter in parameters):
-            return _FrozenBottleneck.apply(padded, *parameters)  # type: ignore[return-value]
-        if self.training and self.training_dtype is not None:
-            with torch.autocast(padded.device.type, self.training_dtype):
-                return super().forward(padded).to(input.dtype)
-        return super().forward(padded)
-
-
-class _FrozenBottleneck(torch.autograd.Function):
-    """The padded `Bottleneck` with constant parameters: the backward pass needs the signs of the hidden maps only.
-
-    Autograd would keep the maps themselves, as inputs of convolutions whose weights need no gradient: four times
-    the memory, and most of what a loss keeps.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, *parameters: Tensor) -> Tensor:
-        w1, b1, w2, b2, w3, b3 = parameters
-        hidden = F.conv2d(x, w1, b1).relu_()
-        first = hidden.bool()  # ReLU leaves no negative values; several times as fast as hidden > 0
-        hidden = F.conv2d(hidden, w2, b2, groups=len(w2)).relu_()
-        second = hidden.bool()
-        # A product with uint8 is vectorised on a CPU, with bool it is not.
-        ctx.save_for_backward(first.view(torch.uint8), second.view(torch.uint8), w1, w2, w3)
-        return F.conv2d(hidden, w3, b3)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        first, second, w1, w2, w3 = ctx.saved_tensors
-        # The transpose of a convolution: channels swapped, taps flipped, full padding.
-        gradient = F.conv2d(gradients[0], w3.transpose(0, 1)).mul_(second)
-        gradient = F.conv2d(gradient, w2.flip(-2, -1), padding=2, groups=len(w2)).mul_(first)
-        return F.conv2d(gradient, w1.transpose(0, 1)), *[None] * 6
-
-
-class ChannelMixing(InvertibleModule):
-    """z = W x in every place, W a square matrix that starts as `gain` times a random rotation.
-
-    log|det| = h * w * log|det W|.
-    """
-
-    def __init__(
-        self,
-        dims_in: Any,
-        dims_c: Any = None,
-        *,
-        learned: bool = True,
-        gain: float = 1.0,
-    ) -> None:
-        super().__init__(dims_in, dims_c)
-        channels = self.dims_in[0][0]
-        rotation = nn.init.orthogonal_(torch.empty(channels, channels))
-        self.matrix = nn.Parameter(gain * rotation, requires_grad=learned)
-
-    def forward(
-        self,
-        x_or_z: Iterable[Tensor],
-        c: Iterable[Tensor] | None = None,
-        rev: bool = False,
-        jac: bool = True,
-    ) -> tuple[tuple[Tensor], Any]:
-        """See `FrEIA.modules.InvertibleModule.forward`."""
-        (x,) = x_or_z
-        log_det_jac = 0.0
-        if jac:
-            # Linear algebra has no half-precision kernels.
-            matrix = self.matrix.to(torch.promote_types(self.matrix.dtype, torch.float32))
-            log_det_jac = x.shape[-2] * x.shape[-1] * torch.linalg.slogdet(matrix).logabsdet
-            log_det_jac = -log_det_jac if rev else log_det_jac
-        # Inverted in float64: for 189 channels a float32 inverse would be off by 4e-5.
-        matrix = torch.linalg.inv(self.matrix.double()).to(x.dtype) if rev else self.matrix
-        return (F.conv2d(x, matrix[:, :, None, None]),), log_det_jac
-
-    def output_dims(self, input_dims: list[Any]) -> list[Any]:
-        """Unchanged."""
-        return input_dims
-
-
-class AffineCoupling(InvertibleModule):
-    """z2 <- z2 + phi(z1, low); z1 <- z1 * exp(rho(z2, low)) + eta(z2, low), the low-pass band a condition.
-
-    The coupling of the paper (section 3, invertible modules), with one choice of ours: the low-pass band is
-    not transformed but given, so that the network is a density of the details given the coarse image.
-    rho and eta come from one bottleneck block; |rho| < clamp.
-    """
-
-    def __init__(
-        self,
-        dims_in: Any,
-        dims_c: Any,
-        *,
-        hidden: int,
-        clamp: float,
-    ) -> None:
-        super().__init__(dims_in, dims_c)
-        channels, condition = self.dims_in[0][0], self.dims_c[0][0]
-        self.clamp = clamp
-        self.split = (channels - channels // 2, channels // 2)
-        n1, n2 = self.split
-        self.phi = Bottleneck(n1 + condition, hidden, n2)
-        self.rho_eta = Bottleneck(n2 + condition, hidden, 2 * n1)
-
-    def forward(
-        self,
-        x_or_z: Iterable[Tensor],
-        c: Iterable[Tensor] | None = None,
-        rev: bool = False,
-        jac: bool = True,
-    ) -> tuple[tuple[Tensor], Any]:
-        """See `FrEIA.modules.InvertibleModule.forward`."""
-        if c is None:
-            raise ValueError("AffineCoupling needs the low-pass band as its condition c, got None")
-        (x,), (low,) = x_or_z, c
-        z1, z2 = x.split(self.split, dim=1)
-        if not rev:
-            z2 = z2 + self.phi(torch.cat((z1, low), dim=1))
-        rho, eta = self.rho_eta(torch.cat((z2, low), dim=1)).chunk(2, dim=1)
-        log_scale = self.clamp * torch.tanh(rho / self.clamp)
-        if rev:
-            z1 = (z1 - eta) * torch.exp(-log_scale)
-            z2 = z2 - self.phi(torch.cat((z1, low), dim=1))
-        else:
-            z1 = z1 * torch.exp(log_scale) + eta
-        log_det_jac = 0.0
-        if jac:
-            log_det_jac = log_scale.flatten(1).sum(1)
-            log_det_jac = -log_det_jac if rev else log_det_jac
-        return (torch.cat((z1, z2), dim=1),), log_det_jac
-
-    def output_dims(self, input_dims: list[Any]) -> list[Any]:
-        """Unchanged."""
-        return input_dims
 
 
 class Level(nn.Module):
@@ -346,7 +175,7 @@ class HighFrequencyINN(
         """
         if log_det_jac and recompute:
             raise ValueError("recompute=True needs log_det_jac=False: log-determinants are not recomputed")
-        check_image("image", image, least_size=self.stride)
+        _checks.image("image", image, least_size=self.stride)
         x, features, log_dets = pad_to_multiple(image, self.stride), [], []
         low = x
         with torch.autocast(image.device.type, enabled=False):  # half precision would not invert
@@ -424,7 +253,14 @@ class HighFrequencyINN(
         checkpoints.save(folder, asdict(config or self.config), self.state_dict())
         card = folder / "README.md"
         if not card.exists():
-            checkpoints.write_atomically(card, self.generate_model_card(**(model_card_kwargs or {})).save)
+            _files.write_atomically(card, self.generate_model_card(**(model_card_kwargs or {})).save)
         if push_to_hub:
             return self.push_to_hub(repo_id or folder.name, model_card_kwargs=model_card_kwargs, **push_options)
         return None
+
+
+def pad_to_multiple(image: Tensor, multiple: int) -> Tensor:
+    """Pad (B, C, H, W) by reflection at the bottom and right to H, W multiples of `multiple`."""
+    # Written without a negative dividend, which torch.compile cannot follow where sizes are symbolic.
+    bottom, right = ((multiple - size % multiple) % multiple for size in image.shape[-2:])
+    return F.pad(image, (0, right, 0, bottom), mode="reflect") if bottom or right else image

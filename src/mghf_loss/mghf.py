@@ -2,35 +2,29 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from numbers import Real
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from . import images, terms
-from .channel_weights import entropy_channel_weights
-from .criterion import Criterion
+from . import _checks, terms
+from ._gt_cache import GTCache
+from .criterion import Criterion, Memory, rescale
 from .dino import DEFAULT_MODEL, DinoJSDLoss
 from .frozen import Frozen
-from .gt_cache import GTCache
-from .memory import Memory, check_memory
 from .ops import second_order_statistics
-from .ops.precision import Precision, check_precision
+from .ops.precision import Precision
 
 if TYPE_CHECKING:
     from .inn import HighFrequencyINN
 
-DEFAULT_COEFFICIENTS: dict[str, float] = {
-    "content": 5.0,
-    "style": 600.0,
-    "correlation": 1.0,
-    "patch_nce": 0.008,
-    "dino_jsd": 0.0,
+Preset = Literal["paper"]
+COEFFICIENTS: dict[Preset, dict[str, float]] = {
+    "paper": {"content": 5.0, "style": 600.0, "correlation": 1.0, "patch_nce": 0.008, "dino_jsd": 0.0},
 }
+PRUNE: dict[Preset, float] = {"paper": 0.25}
 
 
 class MGHFnLoss(Criterion):
@@ -50,7 +44,7 @@ class MGHFnLoss(Criterion):
             coupling: the same gradient with 17 % of the bytes that wait for the backward pass, 73 % of the peak,
             in 1.6 times the time (1 x 3 x 128^2, one CPU thread; `benchmarks/losses.py`).
         cache_gt: keep the features of the last GT between calls, for a step that compares several SR images with one
-            GT tensor. See `mghf_loss.gt_cache.GTCache` for when they are used and when not.
+            GT tensor. See `mghf_loss._gt_cache.GTCache` for when they are used and when not.
 
     Raises:
         ValueError, TypeError: from the constructor or `forward`, naming what came and what was expected.
@@ -63,29 +57,28 @@ class MGHFnLoss(Criterion):
     def __init__(
         self,
         inn: str | Path | HighFrequencyINN = "bundled",
+        *,
         input_range: tuple[float, float] = (0.0, 1.0),
         reduction: terms.Reduction = "mean",
         memory: Memory = "normal",
         cache_gt: bool = False,
     ) -> None:
-        super().__init__()
-        self.coefficients = {"content": 1.0}
-        self.input_range = images.check_range(input_range)
-        self.reduction = terms.check_reduction(reduction)
-        self.memory: Memory = check_memory(memory)
+        super().__init__({"content": 1.0}, input_range, reduction)
+        self.memory: Memory = _checks.one_of("memory", memory, Memory)
         self.gt_features: GTCache[list[Tensor]] = GTCache(cache_gt)
-        self.inn = _frozen_inn(inn)
+        self.inn = _load(inn)
+        self.least_size = self.inn.network.stride
 
-    def term_values(self, sr: Tensor, gt: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """`content` per image (B,), differentiable in `sr`; nothing is random here."""
-        network = self.inn.network
-        images.check_pair(sr, gt, least_size=network.stride)
-        gt_features = self.gt_features.get(
-            gt, lambda gt: _features(network, gt, self.input_range), *_settings(network), self.input_range
-        )
-        sr_features = _features(network, sr, self.input_range, self.memory)
+    def _frozen(self) -> Frozen[Any]:
+        return self.inn
+
+    def _terms(self, sr: Tensor, gt: Tensor, generator: torch.Generator | None) -> dict[str, Tensor]:
+        inn = self.inn
+        settings = inn.network, inn.dtype, self.input_range
+        gt_features = self.gt_features.get(gt, lambda gt: _features(inn, gt, self.input_range), *settings)
+        sr_features = _features(inn, sr, self.input_range, self.memory)
         per_level = [terms.content(s, g, reduction="none") for s, g in zip(sr_features, gt_features, strict=True)]
-        return {"content": _mean(per_level)}
+        return {"content": torch.stack(per_level).mean(0)}
 
 
 class MGHFLoss(Criterion):
@@ -115,7 +108,7 @@ class MGHFLoss(Criterion):
             in 1.4 times the time (1 x 3 x 128^2, one CPU thread; `benchmarks/losses.py`).
             The DINO term recomputes its blocks.
         cache_gt: keep the features and channel weights of the last GT between calls, for a step that compares several
-            SR images with one GT tensor. See `mghf_loss.gt_cache.GTCache` for when they are used and when not.
+            SR images with one GT tensor. See `mghf_loss._gt_cache.GTCache` for when they are used and when not.
 
     Raises:
         ValueError, TypeError: from the constructor or `forward`, naming what came and what was expected.
@@ -126,64 +119,74 @@ class MGHFLoss(Criterion):
 
     def __init__(
         self,
+        preset: Preset = "paper",
+        *,
         coefficients: Mapping[str, float] | None = None,
         inn: str | Path | HighFrequencyINN = "bundled",
-        input_range: tuple[float, float] = (0.0, 1.0),
+        dino: str | nn.Module = DEFAULT_MODEL,
+        prune: float | None = None,
         patches: int | None = 256,
         modulation: terms.Modulation = "hard",
         temperature: float = 0.07,
-        prune: float = 0.25,
-        reduction: terms.Reduction = "mean",
-        dino: str | nn.Module = DEFAULT_MODEL,
         precision: Precision = "fast",
+        input_range: tuple[float, float] = (0.0, 1.0),
+        reduction: terms.Reduction = "mean",
         memory: Memory = "normal",
         cache_gt: bool = False,
     ) -> None:
-        super().__init__()
-        self.coefficients = _check_coefficients(coefficients)
-        self.input_range = images.check_range(input_range)
-        self.patches = terms.check_patches(patches)
-        self.modulation: terms.Modulation = terms.check_modulation(modulation)
-        self.temperature = terms.check_positive("temperature", temperature)
-        if not isinstance(prune, Real) or not 0 <= prune < 1:
-            raise ValueError(f"prune must be a fraction in [0, 1), got {prune!r}")
-        self.prune = prune
-        self.reduction = terms.check_reduction(reduction)
-        self.precision: Precision = check_precision(precision)
-        self.memory: Memory = check_memory(memory)
+        if isinstance(preset, Mapping):
+            raise TypeError(f"preset must be a name, got a mapping; write MGHFLoss(coefficients={preset!r})")
+        _checks.one_of("preset", preset, Preset)
+        super().__init__(COEFFICIENTS[preset], input_range, reduction)
+        self._change_coefficients({} if coefficients is None else coefficients)
+        self.prune = PRUNE[preset] if prune is None else _checks.number("prune", prune, below=1)
+        self.patches = None if patches is None else _checks.integer("patches", patches, least=2)
+        self.modulation: terms.Modulation = _checks.one_of("modulation", modulation, terms.Modulation)
+        self.temperature = _checks.number("temperature", temperature, above=True)
+        self.precision: Precision = _checks.one_of("precision", precision, Precision)
+        self.memory: Memory = _checks.one_of("memory", memory, Memory)
         self.gt_levels: GTCache[list[tuple[Tensor, Tensor]]] = GTCache(cache_gt)
-        self.inn = _frozen_inn(inn) if set(self.coefficients) - {"dino_jsd"} else None
-        self.dino = None
-        if "dino_jsd" in self.coefficients:
+        active = {name for name, factor in self.coefficients.items() if factor}
+        self.inn = self.dino = None
+        if active - {"dino_jsd"}:
+            self.inn = _load(inn)
+            self.least_size = self.inn.network.stride
+        if "dino_jsd" in active:
             self.dino = DinoJSDLoss(dino, input_range=input_range, memory=memory, cache_gt=cache_gt)
 
-    def term_values(self, sr: Tensor, gt: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """Unweighted terms that have a coefficient, by name and per image (B,), differentiable in `sr`."""
+    def _frozen(self) -> Frozen[Any]:
+        frozen = self.inn if self.dino is None else self.dino.network
+        assert frozen is not None  # some term has a factor
+        return frozen
+
+    def _is_available(self, term: str) -> bool:
+        return (self.dino if term == "dino_jsd" else self.inn) is not None
+
+    def _terms(self, sr: Tensor, gt: Tensor, generator: torch.Generator | None) -> dict[str, Tensor]:
+        wanted = {name for name, factor in self._coefficients.items() if factor}
         values: dict[str, Tensor] = {}
-        if self.inn is not None:
-            network = self.inn.network
-            images.check_pair(sr, gt, least_size=network.stride)
-            gt_levels = self.gt_levels.get(
-                gt, lambda gt: self._gt_levels(network, gt), *_settings(network), self.input_range, self.prune
-            )
-            sr_features = _features(network, sr, self.input_range, self.memory)
-            levels = zip(sr_features, gt_levels, strict=True)
-            per_level = [self._level_terms(sr, gt, weights, generator) for sr, (gt, weights) in levels]
-            values = {name: _mean([level[name] for level in per_level]) for name in per_level[0]}
-        if self.dino is not None:
+        if self.inn is not None and wanted - {"dino_jsd"}:
+            inn = self.inn
+            settings = inn.network, inn.dtype, self.input_range, self.prune
+            gt_levels = self.gt_levels.get(gt, lambda gt: self._gt_levels(inn, gt), *settings)
+            sr_levels = _features(inn, sr, self.input_range, self.memory)
+            seed = _seed(sr, gt, self.input_range, generator) if "patch_nce" in wanted else None
+            levels = zip(sr_levels, gt_levels, strict=True)
+            per_level = [self._level_terms(sr, gt, weights, wanted, seed) for sr, (gt, weights) in levels]
+            values = {name: torch.stack([level[name] for level in per_level]).mean(0) for name in per_level[0]}
+        if self.dino is not None and "dino_jsd" in wanted:
             values |= self.dino.term_values(sr, gt)
         return values
 
-    def _gt_levels(self, network: HighFrequencyINN, gt: Tensor) -> list[tuple[Tensor, Tensor]]:
+    def _gt_levels(self, inn: Frozen[HighFrequencyINN], gt: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Features (B, C, H, W) and channel weights (B, C) of every level of the GT."""
-        features = _features(network, gt, self.input_range)
-        return [(level, entropy_channel_weights(level, self.prune)) for level in features]
+        features = _features(inn, gt, self.input_range)
+        return [(level, terms.entropy_channel_weights(level, self.prune)) for level in features]
 
     def _level_terms(
-        self, sr: Tensor, gt: Tensor, weights: Tensor, generator: torch.Generator | None
+        self, sr: Tensor, gt: Tensor, weights: Tensor, wanted: set[str], seed: Tensor | None
     ) -> dict[str, Tensor]:
         """Terms of one level by name, per image (B,); all but PatchNCE share one pass over the features."""
-        wanted = self.coefficients.keys()
         values: dict[str, Tensor] = {}
         if wanted & {"content", "style", "correlation"}:
             statistics = second_order_statistics(sr, gt, weights, gram="style" in wanted, precision=self.precision)
@@ -194,45 +197,21 @@ class MGHFLoss(Criterion):
             ):
                 if name in wanted:
                     values[name] = term(sr, gt, weights, reduction="none", statistics=statistics)
-        if "patch_nce" in wanted:
+        if seed is not None:
             values["patch_nce"] = terms.patch_nce(
                 sr,
                 gt,
                 weights,
-                patches=self.patches,
+                locations=terms.random_locations(seed, sr.shape[2] * sr.shape[3], self.patches),
                 modulation=self.modulation,
                 temperature=self.temperature,
-                generator=generator,
                 reduction="none",
                 precision=self.precision,
             )
         return values
 
-    def extra_repr(self) -> str:
-        """Show the coefficients."""
-        return ", ".join(f"{name}={value:g}" for name, value in self.coefficients.items())
 
-
-def _check_coefficients(coefficients: Mapping[str, float] | None) -> dict[str, float]:
-    """Merge `coefficients` into the defaults and return those that are not 0, in the terms' order."""
-    if coefficients is not None and not isinstance(coefficients, Mapping):
-        raise TypeError(f"coefficients must be a mapping from term to factor, got {coefficients!r}")
-    given = dict(coefficients or {})
-    unknown = sorted(map(str, given.keys() - DEFAULT_COEFFICIENTS.keys()))
-    if unknown:
-        raise ValueError(
-            f"unknown term {', '.join(unknown)} in coefficients; known are {', '.join(DEFAULT_COEFFICIENTS)}"
-        )
-    merged = {**DEFAULT_COEFFICIENTS, **given}
-    for name, value in merged.items():
-        if not isinstance(value, Real) or isinstance(value, bool) or not 0 <= value < math.inf:
-            raise ValueError(f"coefficients[{name!r}] must be a finite number of at least 0, got {value!r}")
-    if not any(merged.values()):
-        raise ValueError("all coefficients are 0: there is nothing to compute")
-    return {name: float(value) for name, value in merged.items() if value}
-
-
-def _frozen_inn(inn: str | Path | HighFrequencyINN) -> Frozen[HighFrequencyINN]:
+def _load(inn: str | Path | HighFrequencyINN) -> Frozen[HighFrequencyINN]:
     from .inn import HighFrequencyINN  # FrEIA brings scipy: not before a loss is built
 
     if not isinstance(inn, (str, Path, HighFrequencyINN)):
@@ -241,20 +220,18 @@ def _frozen_inn(inn: str | Path | HighFrequencyINN) -> Frozen[HighFrequencyINN]:
 
 
 def _features(
-    network: HighFrequencyINN, image: Tensor, input_range: tuple[float, float], memory: Memory = "normal"
+    inn: Frozen[HighFrequencyINN], image: Tensor, input_range: tuple[float, float], memory: Memory = "normal"
 ) -> list[Tensor]:
     """Features of an image per level, in float32 at least."""
-    dtype = next(network.parameters()).dtype
-    image = images.rescale(image.to(dtype), input_range, (-1.0, 1.0))
-    levels = network.features(image, recompute=memory == "low")
-    return [level.to(torch.promote_types(dtype, torch.float32)) for level in levels]
+    return inn.network.features(rescale(image.to(inn.dtype), input_range, (-1.0, 1.0)), recompute=memory == "low")
 
 
-def _settings(network: nn.Module) -> tuple[torch.dtype, torch.device]:
-    """What `.to()` changes."""
-    parameter = next(network.parameters())
-    return parameter.dtype, parameter.device
+def _seed(sr: Tensor, gt: Tensor, input_range: tuple[float, float], generator: torch.Generator | None) -> Tensor:
+    """One number for each pair, (B,) int64, that decides its random draws.
 
-
-def _mean(per_level: list[Tensor]) -> Tensor:
-    return torch.stack(per_level).mean(0)
+    It is made of the images in steps of 1/255 and the generator's seed. So nothing random is kept anywhere: a loss
+    has one value for one pair, recomputation repeats it, and the program's own random numbers are left alone.
+    """
+    seed = 0 if generator is None else generator.initial_seed() % 2**62
+    sums = [rescale(image.detach(), input_range, (0.0, 255.0)).round().long().flatten(1).sum(1) for image in (sr, gt)]
+    return seed + sums[0] + 1_000_003 * sums[1]

@@ -11,23 +11,21 @@ features. Whoever wants more than one of them computes `mghf_loss.ops.second_ord
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import wraps
-from numbers import Real
-from typing import Any, Literal, TypeVar, cast, get_args
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor
 
-from . import ops
+from . import _checks, ops
 from .ops import SecondOrderStatistics, second_order_statistics
 from .ops.precision import Precision
 
 Reduction = Literal["mean", "sum", "none"]
 Modulation = Literal["plain", "hard", "easy"]
-REDUCTIONS = get_args(Reduction)
-MODULATIONS = get_args(Modulation)
+BINS = 64
+LIMIT = 4.0  # whitened features: four standard deviations; rarer values fall in the end bins
 Term = TypeVar("Term", bound=Callable[..., Tensor])
 
 
@@ -36,12 +34,9 @@ def _term(function: Term) -> Term:
 
     @wraps(function)
     def term(sr_level: Tensor, gt_level: Tensor, *arguments: Any, **options: Any) -> Tensor:
-        if sr_level.ndim != 4 or sr_level.shape != gt_level.shape:
-            raise ValueError(
-                "sr_level and gt_level must have the same shape (B, C, H, W), "
-                f"got {tuple(sr_level.shape)} and {tuple(gt_level.shape)}"
-            )
-        check_reduction(options.get("reduction", "mean"))
+        channel_weights = arguments[0] if arguments else options.get("channel_weights")
+        _checks.levels(sr_level, gt_level, channel_weights)
+        _checks.one_of("reduction", options.get("reduction", "mean"), Reduction)
         with torch.autocast(sr_level.device.type, enabled=False):
             return function(sr_level, gt_level.detach(), *arguments, **options)
 
@@ -128,14 +123,13 @@ def patch_nce(
     gt_level: Tensor,
     channel_weights: Tensor | None = None,
     *,
-    patches: int | None = 256,
+    locations: Tensor | None = None,
     modulation: Modulation = "hard",
     temperature: float = 0.07,
     eps: float = 1.0,
     negative_weight: float = 1.0,
     iterations: int = 50,
     tolerance: float = 1e-4,
-    generator: torch.Generator | None = None,
     reduction: Reduction = "mean",
     precision: Precision = "fast",
 ) -> Tensor:
@@ -150,30 +144,24 @@ def patch_nce(
         sr_level: SR features (B, C, H, W).
         gt_level: GT features (B, C, H, W).
         channel_weights: (B, C) or None.
-        patches: number of random places, the same in all images of the batch; `None`, or as many as there
-            are, takes every place ("dense", memory does not grow with N^2).
+        locations: indices into H * W of those that take part, (B, N), for instance `random_locations(...)`; None
+            takes every location ("dense", memory does not grow with N^2).
         modulation: `"hard"`, `"easy"` or `"plain"`.
         temperature: T.
         eps: entropic regularisation of the transport plan.
         negative_weight: Q.
         iterations: Sinkhorn iterations at most.
         tolerance: error of the plan's log row sums at which Sinkhorn stops (see `mghf_loss.ops.patch_nce`).
-        generator: source of the random places; the global one of the device where None.
         reduction: over the batch.
         precision: `"fast"` or `"high"`, see `mghf_loss.ops.patch_nce`.
 
     Reference: arXiv 2411.13548 (MGHF), LIP, local information preservation; Park et al., ECCV 2020 (PatchNCE);
     Zhan et al., CVPR 2022 (MoNCE). T, eps and Q are MoNCE's.
     """
-    check_modulation(modulation)
-    check_patches(patches)
-    for name, value in (("temperature", temperature), ("eps", eps), ("negative_weight", negative_weight)):
-        check_positive(name, value)
     sr, gt = sr_level.flatten(2), gt_level.flatten(2)
-    if patches is not None and patches < sr.shape[2]:
-        device = sr.device if generator is None else generator.device
-        places = torch.randperm(sr.shape[2], generator=generator, device=device)[:patches].to(sr.device)
-        sr, gt = sr[:, :, places], gt[:, :, places]
+    if locations is not None:
+        index = locations[:, None].expand(-1, sr.shape[1], -1)
+        sr, gt = sr.gather(2, index), gt.gather(2, index)
     dtype = torch.promote_types(torch.promote_types(sr.dtype, gt.dtype), torch.float32)
     sr, gt = sr.to(dtype), gt.to(dtype)
     if channel_weights is not None:
@@ -192,36 +180,60 @@ def patch_nce(
     return reduce(loss.mean(1), reduction)
 
 
+def channel_entropy(features: Tensor) -> Tensor:
+    """H = -sum_b p_b log p_b of each channel's histogram: (B, C, H, W) -> nats (B, C) in [0, ln 64].
+
+    64 bins over [-4, 4], outliers in the end bins; without gradient. A constant channel has entropy 0.
+
+    Reference: arXiv 2411.13548 (MGHF), adaptive entropy-based pruning; histogram and range are our choice.
+    """
+    batch, channels = features.shape[:2]
+    values = features.detach().flatten(2)
+    # NaN has no bin; the other terms report it, an index out of range would take the device down.
+    bins = ((values + LIMIT) * (BINS / (2 * LIMIT))).nan_to_num().clamp(0, BINS - 1).long()
+    counts = torch.zeros(batch, channels, BINS, device=values.device, dtype=values.dtype)
+    counts.scatter_add_(2, bins, torch.ones_like(values))
+    p = counts / values.shape[2]
+    return -torch.special.xlogy(p, p).sum(2)
+
+
+def entropy_channel_weights(gt_level: Tensor, prune: float = 0.25) -> Tensor:
+    """Weights proportional to `channel_entropy`, 0 for the least `prune` of channels: (B, C, H, W) -> (B, C).
+
+    Per sample, floor(prune * C) channels of least entropy get 0, the others their entropy, scaled to a mean
+    of 1 over all C. Equal entropies (a constant image) give equal weights. Without gradient.
+
+    Args:
+        gt_level: features of the ground truth at one level.
+        prune: fraction of channels to drop, in [0, 1).
+
+    Reference: arXiv 2411.13548 (MGHF), adaptive entropy-based pruning and reweighting; the proportional
+    weights and the default of a quarter are our choice.
+    """
+    entropy = channel_entropy(gt_level)
+    channels = entropy.shape[1]
+    dropped = entropy.argsort(dim=1, stable=True)[:, : int(prune * channels)]
+    # The constant decides only where all entropies are 0.
+    weights = (entropy + 1e-6).scatter(1, dropped, 0.0)
+    return weights / weights.mean(1, keepdim=True)
+
+
+def random_locations(seed: Tensor, count: int, patches: int | None) -> Tensor | None:
+    """Choose `patches` of `count` locations for every image: seeds (B,) int64 -> indices (B, patches), or None for all.
+
+    A function of the seed alone, whatever the device: integers are mixed (Steele et al., OOPSLA 2014, SplitMix64),
+    and the locations of the largest are taken.
+    """
+    if patches is None or patches >= count:
+        return None
+    key = seed[:, None] + torch.arange(1, count + 1, device=seed.device) * -0x61C8864680B583EB
+    key = (key ^ (key >> 30)) * -0x40A7B892E31B1A47
+    key = (key ^ (key >> 27)) * -0x6B2FB644ECCEEE15
+    return (key ^ (key >> 31)).topk(patches, sorted=False).indices
+
+
 def reduce(values: Tensor, reduction: Reduction) -> Tensor:
     """Reduce one value per image, (B,), as `reduction` says."""
     if reduction == "mean":
         return values.mean()
     return values.sum() if reduction == "sum" else values
-
-
-def check_reduction(reduction: Reduction) -> Reduction:
-    """Return `reduction`, or raise `ValueError` naming the known ones."""
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
-    return reduction
-
-
-def check_modulation(modulation: Modulation) -> Modulation:
-    """Return `modulation`, or raise `ValueError` naming the known ones."""
-    if modulation not in MODULATIONS:
-        raise ValueError(f"modulation must be one of {MODULATIONS}, got {modulation!r}")
-    return modulation
-
-
-def check_positive(name: str, value: float) -> float:
-    """Return `value`, or raise `ValueError` unless it is a finite number above 0."""
-    if not isinstance(value, Real) or not 0 < value < math.inf:
-        raise ValueError(f"{name} must be positive and finite, got {value!r}")
-    return float(value)
-
-
-def check_patches(patches: int | None) -> int | None:
-    """Return `patches`, or raise `ValueError` unless it is None or an integer of at least 2."""
-    if patches is not None and (not isinstance(patches, int) or isinstance(patches, bool) or patches < 2):
-        raise ValueError(f"patches must be an integer of at least 2, or None for every place, got {patches!r}")
-    return patches

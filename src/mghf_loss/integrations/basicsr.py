@@ -38,9 +38,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import mghf
+from .. import _checks, mghf
 from . import needs
-from .registered import DinoJSDLoss, MGHFLoss, MGHFnLoss, TrainerLoss, check_loss_weight, register
+from .registered import DinoJSDLoss, MGHFLoss, MGHFnLoss, TrainerLoss, register
 
 _MOVED = "torchvision.transforms.functional_tensor"
 with needs("basicsr", "pip install basicsr"):
@@ -68,10 +68,10 @@ class MGHFPerceptualLoss(TrainerLoss):
 
     def __init__(self, perceptual_weight: float = 1.0, style_weight: float = 1.0, **options: Any) -> None:
         weights = {"perceptual_weight": perceptual_weight, "style_weight": style_weight}
-        weights = {name: check_loss_weight(name, value) for name, value in weights.items()}
+        weights = {name: _checks.number(name, value) for name, value in weights.items()}
         if not any(weights.values()):
             raise ValueError("perceptual_weight and style_weight are 0: there is nothing to compute")
-        unused = set() if weights["perceptual_weight"] else mghf.DEFAULT_COEFFICIENTS.keys() - {"style"}
+        unused = set() if weights["perceptual_weight"] else mghf.COEFFICIENTS["paper"].keys() - {"style"}
         unused |= set() if weights["style_weight"] else {"style"}
         if unused:  # neither computed nor their networks loaded
             options["coefficients"] = {**(options.get("coefficients") or {}), **dict.fromkeys(unused, 0.0)}
@@ -116,7 +116,7 @@ class LogsTerms:
         clip = self.opt["train"].get("grad_clip")  # type: ignore[attr-defined]
         if clip is not None:
             network = self.net_g  # type: ignore[attr-defined]
-            if not check_loss_weight("grad_clip", clip):
+            if not _checks.number("grad_clip", clip):
                 raise ValueError("grad_clip must be more than 0, which would stop the training; leave it out for none")
 
             def clip_gradient(*_: Any) -> None:

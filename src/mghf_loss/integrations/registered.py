@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import inspect
-import math
-import warnings
 from collections.abc import Iterable
-from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .. import dino, mghf, terms
+from .. import _checks, dino, mghf, terms
 from ..criterion import Criterion
 
 
@@ -45,7 +42,6 @@ class TrainerLoss(nn.Module):
             raise ValueError("reduction must be 'mean' or 'sum' inside a trainer, which adds scalars, got 'none'")
         self.criterion = self.loss_class(**options)
         self.terms: dict[str, Tensor] = {}
-        self._has_seen_gt = False
 
     def weighted_terms(self, sr: Tensor, gt: Tensor) -> dict[str, Tensor]:
         """Coefficient * term by name, 0-d, of `sr` against `gt`, (B, 3, H, W); gradient to `sr` only.
@@ -56,9 +52,6 @@ class TrainerLoss(nn.Module):
         values = {
             name: terms.reduce(value, criterion.reduction) for name, value in criterion.term_values(sr, gt).items()
         }
-        if not self._has_seen_gt and not torch.compiler.is_compiling():
-            self._has_seen_gt = True
-            _warn_of_range(gt, criterion.input_range)
         self.terms = {name: value.detach() for name, value in values.items()}
         return {name: criterion.coefficients[name] * value for name, value in values.items()}
 
@@ -73,7 +66,7 @@ class RegisteredLoss(TrainerLoss):
 
     def __init__(self, loss_weight: float = 1.0, **options: Any) -> None:
         super().__init__(("loss_weight",), options)
-        self.loss_weight = check_loss_weight("loss_weight", loss_weight)
+        self.loss_weight = _checks.number("loss_weight", loss_weight)
 
 
 class WeightedLoss(RegisteredLoss):
@@ -100,28 +93,6 @@ class DinoJSDLoss(WeightedLoss):
     """`loss_weight` times `mghf_loss.DinoJSDLoss(**options)`."""
 
     loss_class = dino.DinoJSDLoss
-
-
-def check_loss_weight(name: str, value: float) -> float:
-    """Return `value` as a float; raise `ValueError` unless it is a finite number of at least 0."""
-    if not isinstance(value, Real) or isinstance(value, bool) or not 0 <= value < math.inf:
-        hint = "; YAML takes numbers like 5e-2 for text, write 0.05" if isinstance(value, str) else ""
-        raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}{hint}")
-    return float(value)
-
-
-def _warn_of_range(gt: Tensor, input_range: tuple[float, float]) -> None:
-    """Warn where `gt` leaves the range by 5 %, lies within 2 % of its black, or has nothing below 0 where it may."""
-    low, high = (bound.item() for bound in gt.detach().aminmax())
-    black, white = input_range
-    unit = white - black
-    outside = low < black - 0.05 * unit or high > white + 0.05 * unit
-    if outside or high < black + 0.02 * unit or low >= 0 > black:
-        warnings.warn(
-            f"the first GT has values from {low:.4g} to {high:.4g}, while input_range is ({black:g}, {white:g}): "
-            "unless these images are meant to be so, set input_range to what the data set gives",
-            stacklevel=2,
-        )
 
 
 def register(registry: Any, *classes: type) -> None:

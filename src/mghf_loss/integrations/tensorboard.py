@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..criterion import Criterion
-from ..images import rescale
+from ..criterion import Criterion, rescale
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .patch_nce import operator as patch_nce_operator
-from .patch_nce import patch_nce, patch_nce_formula
+from .nce import operator as patch_nce_operator
+from .nce import patch_nce, patch_nce_formula
 from .statistics import backward_formula, backward_operator, second_order_statistics, statistics_formula
 from .statistics import operator as statistics_operator
 
@@ -123,7 +123,7 @@ class _Kernels:
     """The launchers by name; made when first needed."""
 
     def __init__(self) -> None:
-        from .patch_nce_triton import patch_nce_triton
+        from .nce_triton import patch_nce_triton
         from .statistics_triton import backward_triton, statistics_triton
 
         self.patch_nce = patch_nce_triton

@@ -24,7 +24,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .precision import Precision, check_precision
+from .. import _checks
+from .precision import Precision
 
 
 class SecondOrderStatistics(NamedTuple):
@@ -76,7 +77,7 @@ def second_order_statistics(
         if tensor is not None and tensor.device != sr.device:
             raise ValueError(f"sr and {name} must be on one device, got {sr.device} and {tensor.device}")
     keep = None if channel_weights is None else channel_weights.detach() != 0
-    gram_difference, moments = operator(sr, gt.detach(), keep, gram, check_precision(precision))
+    gram_difference, moments = operator(sr, gt.detach(), keep, gram, _checks.one_of("precision", precision, Precision))
     return SecondOrderStatistics(gram_difference if gram else None, *moments.unbind(1))
 
 

@@ -16,10 +16,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from ..checkpoints import write_atomically
-from ..images import read_image, read_pixels
+from .._files import read_image, read_pixels, write_atomically, write_table
 from ..inn import HighFrequencyINN
-from ..tables import write_table
 from .data import list_images
 from .objective import add_noise, bits_per_detail, code_length
 

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
-from .. import checkpoints
-from ..inn import Bottleneck, HighFrequencyINN, INNConfig
+from .. import _files
+from ..coupling import Bottleneck
+from ..inn import HighFrequencyINN, INNConfig
 from .data import Cropping, Source, batches, list_images, open_dataset, open_folder, read_held_out, slot_seed
 from .objective import add_noise, bits_per_detail, code_length
 
@@ -185,7 +186,7 @@ def train_inn(config: TrainConfig, network_config: INNConfig, cpu: bool = False)
                 snapshot |= {"step": step + 1, "run": run, "damaged": sorted(source.damaged.copy())}
                 # The network first: a kill in between repeats some steps, and no state is ahead of its network.
                 averaged.save_pretrained(config.out)
-                checkpoints.write_atomically(
+                _files.write_atomically(
                     config.out / STATE_FILE,
                     lambda path, s=snapshot: torch.save(s, path),
                 )
@@ -279,7 +280,7 @@ def _evaluate(network: HighFrequencyINN, images: list[Tensor], step: int, out: P
     sheet = (torch.cat(pictures, dim=2) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
     from PIL import Image
 
-    checkpoints.write_atomically(out / SAMPLES_FILE, Image.fromarray(sheet).save)
+    _files.write_atomically(out / SAMPLES_FILE, Image.fromarray(sheet).save)
     for tracker in accelerator.trackers:
         tracker.log_images({"held-out and sampled details": sheet[None]}, step=step, dataformats="NHWC")  # type: ignore[attr-defined]
 

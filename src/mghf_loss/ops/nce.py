@@ -30,7 +30,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .precision import Precision, check_precision
+from .. import _checks
+from .precision import Precision
 
 # Elements of the largest block of pairs that is held at a time: 64 MiB in float32.
 BLOCK = 2**24
@@ -202,7 +203,7 @@ def patch_nce(
         iterations,
         tolerance,
         sr.requires_grad and torch.is_grad_enabled(),
-        check_precision(precision),
+        _checks.one_of("precision", precision, Precision),
     )[0]
 
 

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from . import _checks
+
 Value = TypeVar("Value")
 
 
@@ -30,9 +32,7 @@ class GTCache(Generic[Value]):
     """
 
     def __init__(self, enabled: bool) -> None:
-        if not isinstance(enabled, bool):
-            raise TypeError(f"cache_gt must be True or False, got {enabled!r}")
-        self.enabled = enabled
+        self.enabled = _checks.boolean("cache_gt", enabled)
         self._last = WeakTensorKeyDictionary()
 
     def get(self, gt: Tensor, compute: Callable[[Tensor], Value], *settings: Hashable) -> Value:

@@ -1,0 +1,158 @@
+"""Every check of an argument, once: it returns the argument, or raises and names what came and what was expected.
+
+None but `warn_of_range` looks at values of tensors: nothing waits for a GPU.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable
+from numbers import Integral, Real
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+
+def one_of(name: str, value: Any, choices: Any) -> Any:
+    """Return `value` if it is one of `choices`, a `Literal` type or a tuple."""
+    known = get_args(choices) or tuple(choices)
+    if value not in known:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}")
+    return value
+
+
+def number(name: str, value: Any, *, least: float = 0.0, below: float = math.inf, above: bool = False) -> float:
+    """Return `value` as a float if it is a number in [least, below), or in (least, below) with `above`."""
+    if not _is_number(value, Real) or not (least < value if above else least <= value) or not value < below:
+        low = f"above {least:g}" if above else f"of at least {least:g}"
+        high = "finite" if below == math.inf else f"below {below:g}"
+        raise ValueError(f"{name} must be a number {low} and {high}, got {value!r}{_hint(value)}")
+    return float(value)
+
+
+def integer(name: str, value: Any, *, least: int, most: float = math.inf) -> int:
+    """Return `value` as an int if it is an integer in [least, most]."""
+    if not _is_number(value, Integral) or not least <= value <= most:
+        high = "" if most == math.inf else f" and at most {most:g}"
+        raise ValueError(f"{name} must be an integer of at least {least}{high}, got {value!r}{_hint(value)}")
+    return int(value)
+
+
+def boolean(name: str, value: Any) -> bool:
+    """Return `value` if it is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+    return value
+
+
+def input_range(value: Any) -> tuple[float, float]:
+    """Return (black, white) as floats if they are two finite numbers with black < white."""
+    try:
+        low, high = (float(bound) for bound in value)
+    except (TypeError, ValueError):
+        raise ValueError(f"input_range must be two numbers (black, white) such as (0, 1), got {value!r}") from None
+    if not -math.inf < low < high < math.inf:
+        raise ValueError(f"input_range must be finite (black, white) with black < white, got {value!r}")
+    return low, high
+
+
+def names(what: str, given: Iterable[Any], known: Iterable[str]) -> None:
+    """Raise where one of `given` is not among `known`."""
+    known = list(known)
+    unknown = sorted(str(name) for name in given if name not in known)
+    if unknown:
+        raise ValueError(f"unknown {what} {', '.join(unknown)}; known are {', '.join(known)}")
+
+
+def generator(value: Any) -> None:
+    """Raise unless `value` is a `torch.Generator` or None."""
+    if value is not None and not isinstance(value, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator or None, got {value!r}")
+
+
+def image(name: str, value: Any, least_size: int = 1) -> None:
+    """Raise unless `value` is a dense floating-point tensor (B, 3, H, W) with H, W of at least `least_size`."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if value.layout is not torch.strided or value.is_nested:
+        kind = "a nested tensor" if value.is_nested else str(value.layout)
+        raise TypeError(f"{name} must be a dense tensor, got {kind}; pad or crop the images to one size")
+    if not value.is_floating_point():
+        raise TypeError(
+            f"{name} must be a floating-point tensor, got {value.dtype}; "
+            f"for 8-bit images use {name}.float() / 255 and input_range=(0, 1)"
+        )
+    shape = tuple(value.shape)
+    if value.ndim != 4:
+        raise ValueError(f"{name} must have shape (B, 3, H, W), got {shape}")
+    if shape[1] == 1:
+        raise ValueError(
+            f"{name} must have 3 channels (RGB), got 1 (shape {shape}); "
+            f"for grey images use {name}.expand(-1, 3, -1, -1)"
+        )
+    if shape[1] != 3:
+        raise ValueError(f"{name} must have 3 channels (RGB), got {shape[1]} (shape {shape})")
+    if shape[0] < 1:
+        raise ValueError(f"{name} must hold at least one image, got shape {shape}")
+    if min(shape[-2:]) < least_size:
+        raise ValueError(f"{name} must be at least {least_size} x {least_size}, got shape {shape}")
+
+
+def pair(sr: Any, gt: Any, *, least_size: int = 1, device: torch.device | None = None) -> None:
+    """Raise unless `sr` and `gt` are images of one shape on one device, the loss's `device`, and not swapped."""
+    image("sr", sr, least_size)
+    image("gt", gt, least_size)
+    if sr.shape != gt.shape:
+        raise ValueError(f"sr and gt must have the same shape, got sr {tuple(sr.shape)} and gt {tuple(gt.shape)}")
+    if sr.device != gt.device:
+        raise ValueError(f"sr and gt must be on the same device, got sr on {sr.device} and gt on {gt.device}")
+    if device is not None and sr.device != device:
+        raise ValueError(
+            f"sr and gt are on {sr.device}, the loss is on {device}: move it once with criterion.to({str(sr.device)!r})"
+        )
+    if torch.is_grad_enabled() and gt.requires_grad and not sr.requires_grad:
+        raise ValueError(
+            "gt requires a gradient and sr does not, but gradient flows to sr alone: are the two swapped? "
+            "Expected criterion(sr, gt); if the order is meant, pass gt.detach()"
+        )
+
+
+def levels(sr_level: Tensor, gt_level: Tensor, channel_weights: Tensor | None) -> None:
+    """Raise unless the features of one level fit each other, (B, C, H, W), and the channel weights them, (B, C)."""
+    if sr_level.ndim != 4 or sr_level.shape != gt_level.shape:
+        raise ValueError(
+            "sr_level and gt_level must have the same shape (B, C, H, W), "
+            f"got {tuple(sr_level.shape)} and {tuple(gt_level.shape)}"
+        )
+    if channel_weights is not None and channel_weights.shape != sr_level.shape[:2]:
+        raise ValueError(
+            f"channel_weights must have shape (B, C) = {tuple(sr_level.shape[:2])}, got {tuple(channel_weights.shape)}"
+        )
+
+
+def warn_of_range(gt: Tensor, black: float, white: float) -> None:
+    """Warn where `gt` leaves [black, white] by 5 %, hardly leaves black, or has nothing below 0 where it may."""
+    low, high = (bound.item() for bound in gt.detach().aminmax())
+    unit = white - black
+    outside = low < black - 0.05 * unit or high > white + 0.05 * unit
+    if outside or high < black + 0.02 * unit or low >= 0 > black:
+        warnings.warn(
+            f"the first GT has values from {low:.4g} to {high:.4g}, while input_range is ({black:g}, {white:g}): "
+            "unless these images are meant to be so, set input_range to what the data set gives",
+            stacklevel=2,
+        )
+
+
+def _is_number(value: Any, kind: type) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def _hint(value: Any) -> str:
+    """YAML 1.1 reads 5e-2 as text."""
+    try:
+        float(value)
+    except (TypeError, ValueError):
+        return ""
+    return "; YAML takes numbers like 5e-2 for text, write 0.05" if isinstance(value, str) else ""

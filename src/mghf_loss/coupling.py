@@ -1,0 +1,175 @@
+"""The invertible modules of the network: channel mixing and affine coupling, with the blocks that condition them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from FrEIA.modules import InvertibleModule
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+
+class Bottleneck(nn.Sequential):
+    """1x1, depthwise 3x3, 1x1 convolution with ReLU between: (B, C_in, h, w) -> (B, C_out, h, w).
+
+    Starts as the zero function, so that a new coupling is the identity.
+    """
+
+    # Of the convolutions in training mode, bfloat16 for instance; None is that of the input. A coupling is a
+    # bijection whatever computes its scale and shift, and its determinant follows from the scale as computed.
+    training_dtype: torch.dtype | None = None
+
+    def __init__(self, in_channels: int, hidden: int, out_channels: int) -> None:
+        super().__init__(
+            nn.Conv2d(in_channels, hidden, 1),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(hidden, hidden, 3, groups=hidden),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(hidden, out_channels, 1),
+        )
+        for parameter in self[-1].parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Apply the block; every map keeps its height and width."""
+        # Reflection padding commutes with a 1x1 convolution and ReLU; padding the few input channels rather
+        # than the hidden ones saves a copy of the hidden map. A map of one place has nothing to reflect.
+        mode = "reflect" if min(input.shape[-2:]) > 1 else "replicate"
+        padded = F.pad(input, (1, 1, 1, 1), mode=mode)
+        parameters = tuple(self.parameters())
+        if padded.requires_grad and not any(parameter.requires_grad for parameter in parameters):
+            return _FrozenBottleneck.apply(padded, *parameters)  # type: ignore[return-value]
+        if self.training and self.training_dtype is not None:
+            with torch.autocast(padded.device.type, self.training_dtype):
+                return super().forward(padded).to(input.dtype)
+        return super().forward(padded)
+
+
+class _FrozenBottleneck(torch.autograd.Function):
+    """The padded `Bottleneck` with constant parameters: the backward pass needs the signs of the hidden maps only.
+
+    Autograd would keep the maps themselves, as inputs of convolutions whose weights need no gradient: four times
+    the memory, and most of what a loss keeps.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *parameters: Tensor) -> Tensor:
+        w1, b1, w2, b2, w3, b3 = parameters
+        hidden = F.conv2d(x, w1, b1).relu_()
+        first = hidden.bool()  # ReLU leaves no negative values; several times as fast as hidden > 0
+        hidden = F.conv2d(hidden, w2, b2, groups=len(w2)).relu_()
+        second = hidden.bool()
+        # A product with uint8 is vectorised on a CPU, with bool it is not.
+        ctx.save_for_backward(first.view(torch.uint8), second.view(torch.uint8), w1, w2, w3)
+        return F.conv2d(hidden, w3, b3)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        first, second, w1, w2, w3 = ctx.saved_tensors
+        # The transpose of a convolution: channels swapped, taps flipped, full padding.
+        gradient = F.conv2d(gradients[0], w3.transpose(0, 1)).mul_(second)
+        gradient = F.conv2d(gradient, w2.flip(-2, -1), padding=2, groups=len(w2)).mul_(first)
+        return F.conv2d(gradient, w1.transpose(0, 1)), *[None] * 6
+
+
+class ChannelMixing(InvertibleModule):
+    """z = W x in every place, W a square matrix that starts as `gain` times a random rotation.
+
+    log|det| = h * w * log|det W|.
+    """
+
+    def __init__(
+        self,
+        dims_in: Any,
+        dims_c: Any = None,
+        *,
+        learned: bool = True,
+        gain: float = 1.0,
+    ) -> None:
+        super().__init__(dims_in, dims_c)
+        channels = self.dims_in[0][0]
+        rotation = nn.init.orthogonal_(torch.empty(channels, channels))
+        self.matrix = nn.Parameter(gain * rotation, requires_grad=learned)
+
+    def forward(
+        self,
+        x_or_z: Iterable[Tensor],
+        c: Iterable[Tensor] | None = None,
+        rev: bool = False,
+        jac: bool = True,
+    ) -> tuple[tuple[Tensor], Any]:
+        """See `FrEIA.modules.InvertibleModule.forward`."""
+        (x,) = x_or_z
+        log_det_jac = 0.0
+        if jac:
+            # Linear algebra has no half-precision kernels.
+            matrix = self.matrix.to(torch.promote_types(self.matrix.dtype, torch.float32))
+            log_det_jac = x.shape[-2] * x.shape[-1] * torch.linalg.slogdet(matrix).logabsdet
+            log_det_jac = -log_det_jac if rev else log_det_jac
+        # Inverted in float64: for 189 channels a float32 inverse would be off by 4e-5.
+        matrix = torch.linalg.inv(self.matrix.double()).to(x.dtype) if rev else self.matrix
+        return (F.conv2d(x, matrix[:, :, None, None]),), log_det_jac
+
+    def output_dims(self, input_dims: list[Any]) -> list[Any]:
+        """Unchanged."""
+        return input_dims
+
+
+class AffineCoupling(InvertibleModule):
+    """z2 <- z2 + phi(z1, low); z1 <- z1 * exp(rho(z2, low)) + eta(z2, low), the low-pass band a condition.
+
+    The coupling of the paper (section 3, invertible modules), with one choice of ours: the low-pass band is
+    not transformed but given, so that the network is a density of the details given the coarse image.
+    rho and eta come from one bottleneck block; |rho| < clamp.
+    """
+
+    def __init__(
+        self,
+        dims_in: Any,
+        dims_c: Any,
+        *,
+        hidden: int,
+        clamp: float,
+    ) -> None:
+        super().__init__(dims_in, dims_c)
+        channels, condition = self.dims_in[0][0], self.dims_c[0][0]
+        self.clamp = clamp
+        self.split = (channels - channels // 2, channels // 2)
+        n1, n2 = self.split
+        self.phi = Bottleneck(n1 + condition, hidden, n2)
+        self.rho_eta = Bottleneck(n2 + condition, hidden, 2 * n1)
+
+    def forward(
+        self,
+        x_or_z: Iterable[Tensor],
+        c: Iterable[Tensor] | None = None,
+        rev: bool = False,
+        jac: bool = True,
+    ) -> tuple[tuple[Tensor], Any]:
+        """See `FrEIA.modules.InvertibleModule.forward`."""
+        if c is None:
+            raise ValueError("AffineCoupling needs the low-pass band as its condition c, got None")
+        (x,), (low,) = x_or_z, c
+        z1, z2 = x.split(self.split, dim=1)
+        if not rev:
+            z2 = z2 + self.phi(torch.cat((z1, low), dim=1))
+        rho, eta = self.rho_eta(torch.cat((z2, low), dim=1)).chunk(2, dim=1)
+        log_scale = self.clamp * torch.tanh(rho / self.clamp)
+        if rev:
+            z1 = (z1 - eta) * torch.exp(-log_scale)
+            z2 = z2 - self.phi(torch.cat((z1, low), dim=1))
+        else:
+            z1 = z1 * torch.exp(log_scale) + eta
+        log_det_jac = 0.0
+        if jac:
+            log_det_jac = log_scale.flatten(1).sum(1)
+            log_det_jac = -log_det_jac if rev else log_det_jac
+        return (torch.cat((z1, z2), dim=1),), log_det_jac
+
+    def output_dims(self, input_dims: list[Any]) -> list[Any]:
+        """Unchanged."""
+        return input_dims
