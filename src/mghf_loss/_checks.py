@@ -100,18 +100,14 @@ def image(name: str, value: Any, least_size: int = 1) -> None:
         raise ValueError(f"{name} must be at least {least_size} x {least_size}, got shape {shape}")
 
 
-def pair(sr: Any, gt: Any, *, least_size: int = 1, device: torch.device | None = None) -> None:
-    """Raise unless `sr` and `gt` are images of one shape on one device, the loss's `device`, and not swapped."""
+def pair(sr: Any, gt: Any, least_size: int = 1) -> None:
+    """Raise unless `sr` and `gt` are images of one shape on one device, and not swapped."""
     image("sr", sr, least_size)
     image("gt", gt, least_size)
     if sr.shape != gt.shape:
         raise ValueError(f"sr and gt must have the same shape, got sr {tuple(sr.shape)} and gt {tuple(gt.shape)}")
     if sr.device != gt.device:
         raise ValueError(f"sr and gt must be on the same device, got sr on {sr.device} and gt on {gt.device}")
-    if device is not None and sr.device != device:
-        raise ValueError(
-            f"sr and gt are on {sr.device}, the loss is on {device}: move it once with criterion.to({str(sr.device)!r})"
-        )
     if torch.is_grad_enabled() and gt.requires_grad and not sr.requires_grad:
         raise ValueError(
             "gt requires a gradient and sr does not, but gradient flows to sr alone: are the two swapped? "

@@ -69,18 +69,14 @@ class DinoJSDLoss(Criterion):
             network.set_grad_checkpointing()  # type: ignore[operator]
         self.network = Frozen(TokenEmbedding(network, tokens))
 
-    def _frozen(self) -> Frozen[Any]:
-        return self.network
-
     def _terms(self, sr: Tensor, gt: Tensor, generator: torch.Generator | None) -> dict[str, Tensor]:
-        settings = self.network.network, self.network.dtype, self.input_range
-        gt_embedding = self.gt_embedding.get(gt, self.embed, *settings)
+        gt_embedding = self.gt_embedding.get(gt, self.embed, *self.network.identity(), self.input_range)
         divergence = jensen_shannon(self.embed(sr) / self.temperature, gt_embedding / self.temperature)
         return {"dino_jsd": divergence.mean(1)}
 
     def embed(self, image: Tensor) -> Tensor:
         """Embed images (B, 3, H, W) in `input_range` as (B, tokens, D), in float32 at least."""
-        embedding = self.network.network(rescale(image.to(self.network.dtype), self.input_range, (0.0, 1.0)))
+        embedding = self.network.network(rescale(self.network.like(image), self.input_range, (0.0, 1.0)))
         return embedding.to(torch.promote_types(embedding.dtype, torch.float32))
 
 
