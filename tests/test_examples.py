@@ -178,7 +178,7 @@ def test_a_compiled_training_step_has_the_values_of_an_eager_one():
     """Model, loss, backward pass and optimiser: the whole step is what a user compiles."""
     torch.compiler.reset()
     gt = torch.rand(2, 3, 32, 32)
-    criterion = MGHFLoss({"patch_nce": 0})  # random places differ under a compiler
+    criterion = MGHFLoss(coefficients={"patch_nce": 0})  # random places differ under a compiler
 
     def losses(compiled: bool) -> list[float]:
         torch.manual_seed(0)

@@ -113,7 +113,7 @@ def test_trainner_redux_contract(trainer, tiny_dino, loss_weight):
 
     total, logged = step({"type": "mghfloss", "coefficients": {"style": 500.0}})
     assert list(logged) == TERMS
-    bare = MGHFLoss({"style": 500.0})
+    bare = MGHFLoss(coefficients={"style": 500.0})
     torch.testing.assert_close(total, loss_weight * seeded(bare, sr, gt))
     torch.testing.assert_close(*(torch.autograd.grad(v, sr)[0] for v in (total, loss_weight * seeded(bare, sr, gt))))
     assert set(step({"type": "MGHFnLoss"})[1]) == {"content"}
@@ -400,7 +400,7 @@ def test_log_pair_takes_the_other_losses(tmp_path, tiny_dino, name):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_log_pair_without_pictures_and_without_the_network(tmp_path, tiny_dino):
-    criterion = MGHFLoss({**dict.fromkeys(TERMS, 0.0), "dino_jsd": 1.0}, dino=tiny_dino)
+    criterion = MGHFLoss(coefficients={**dict.fromkeys(TERMS, 0.0), "dino_jsd": 1.0}, dino=tiny_dino)
     with SummaryWriter(str(tmp_path)) as writer:
         log_pair(writer, criterion, *pair(), 1, tag="val", images=0)
     events = read(tmp_path)

@@ -129,11 +129,11 @@ def levels(sr_level: Tensor, gt_level: Tensor, channel_weights: Tensor | None) -
 
 
 def warn_of_range(gt: Tensor, black: float, white: float) -> None:
-    """Warn where `gt` leaves [black, white] by 5 %, hardly leaves black, or has nothing below 0 where it may."""
+    """Warn where `gt` leaves [black, white] by 5 %, stays below 1 of 255, or has nothing below 0 where it may."""
     low, high = (bound.item() for bound in gt.detach().aminmax())
     unit = white - black
     outside = low < black - 0.05 * unit or high > white + 0.05 * unit
-    if outside or high < black + 0.02 * unit or low >= 0 > black:
+    if outside or (unit > 2 and high < black + 0.02 * unit) or low >= 0 > black:
         warnings.warn(
             f"the first GT has values from {low:.4g} to {high:.4g}, while input_range is ({black:g}, {white:g}): "
             "unless these images are meant to be so, set input_range to what the data set gives",

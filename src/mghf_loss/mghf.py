@@ -216,7 +216,7 @@ def _features(
 ) -> list[Tensor]:
     """Features of an image per level, in float32 at least."""
     image = rescale(inn.like(image), input_range, (-1.0, 1.0))
-    return inn.network(image, log_det_jac=False, recompute=memory == "low").features
+    return inn.network.features(image, recompute=memory == "low")
 
 
 def _seed(sr: Tensor, gt: Tensor, input_range: tuple[float, float], generator: torch.Generator | None) -> Tensor:
