@@ -27,8 +27,8 @@ def number(name: str, value: Any, *, least: float = 0.0, below: float = math.inf
     """Return `value` as a float if it is a number in [least, below), or in (least, below) with `above`."""
     if not _is_number(value, Real) or not (least < value if above else least <= value) or not value < below:
         low = f"above {least:g}" if above else f"of at least {least:g}"
-        high = "finite" if below == math.inf else f"below {below:g}"
-        raise ValueError(f"{name} must be a number {low} and {high}, got {value!r}{_hint(value)}")
+        kind, high = ("finite number", "") if below == math.inf else ("number", f" and below {below:g}")
+        raise ValueError(f"{name} must be a {kind} {low}{high}, got {value!r}{_hint(value)}")
     return float(value)
 
 
