@@ -19,13 +19,18 @@ gram_difference, w_c^2 times squared_error; a channel of weight 0 is not read.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .. import _checks
-from .precision import Precision
+
+# Of the matrix products in the operators' kernels: "fast" rounds the operands to tf32 (statistics) or takes fp16 unit
+# vectors (PatchNCE), "high" is as accurate as float32. Sums, and everything on a CPU, are in float32 at least. The torch
+# formula on CUDA follows `torch.set_float32_matmul_precision` instead.
+Precision = Literal["fast", "high"]
 
 
 class SecondOrderStatistics(NamedTuple):
@@ -77,7 +82,10 @@ def second_order_statistics(
         if tensor is not None and tensor.device != sr.device:
             raise ValueError(f"sr and {name} must be on one device, got {sr.device} and {tensor.device}")
     keep = None if channel_weights is None else channel_weights.detach() != 0
-    gram_difference, moments = operator(sr, gt.detach(), keep, gram, _checks.one_of("precision", precision, Precision))
+    _checks.one_of("precision", precision, Precision)
+    # Operators drop the tangents of forward-mode AD, the formula does not.
+    compute = operator if forward_ad.unpack_dual(sr).tangent is None else statistics_formula
+    gram_difference, moments = compute(sr, gt.detach(), keep, gram, precision)
     return SecondOrderStatistics(gram_difference if gram else None, *moments.unbind(1))
 
 
@@ -132,7 +140,7 @@ backward_operator = torch.library.custom_op(
 @operator.register_fake
 def _(sr: Tensor, gt: Tensor, keep: Tensor | None, gram: bool, precision: str) -> tuple[Tensor, Tensor]:
     batch, channels = sr.shape[:2]
-    dtype = _compute_dtype(sr, gt)
+    dtype = compute_dtype(sr, gt)
     return (
         sr.new_empty((batch, channels, channels) if gram else 0, dtype=dtype),
         sr.new_empty((batch, 6, channels), dtype=dtype),
@@ -169,11 +177,12 @@ def _backward(ctx, gram_gradient: Tensor, moment_gradient: Tensor) -> tuple[Tens
 operator.register_autograd(_backward, setup_context=_keep_inputs)
 
 
-def _compute_dtype(sr: Tensor, gt: Tensor) -> torch.dtype:
+def compute_dtype(sr: Tensor, gt: Tensor) -> torch.dtype:
+    """Return the dtype of all computation on `sr` and `gt`: float32 at least."""
     return torch.promote_types(torch.promote_types(sr.dtype, gt.dtype), torch.float32)
 
 
 def _maps(sr: Tensor, gt: Tensor) -> tuple[Tensor, Tensor]:
     """Features as (B, C, N) in float32 at least."""
-    dtype = _compute_dtype(sr, gt)
+    dtype = compute_dtype(sr, gt)
     return sr.flatten(2).to(dtype), gt.flatten(2).to(dtype)
