@@ -192,8 +192,7 @@ def channel_entropy(features: Tensor) -> Tensor:
     # NaN has no bin; the other terms report it, an index out of range would take the device down.
     bins = ((values + LIMIT) * (BINS / (2 * LIMIT))).nan_to_num().clamp(0, BINS - 1).long()
     counts = torch.zeros(batch, channels, BINS, device=values.device, dtype=values.dtype)
-    counts.scatter_add_(2, bins, torch.ones_like(values))
-    p = counts / values.shape[2]
+    p = counts.scatter_add(2, bins, torch.ones_like(values)) / values.shape[2]
     return -torch.special.xlogy(p, p).sum(2)
 
 

@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import _checks
-from .statistics import Precision, compute_dtype
+from .statistics import FirstDerivative, Precision, compute_dtype
 
 Modulation = Literal["plain", "hard", "easy"]
 # Elements of the largest block of pairs that is held at a time: 64 MiB in float32.
@@ -121,10 +121,7 @@ def _(
 
 
 def backward_formula(loss: Tensor, jacobian: Tensor, loss_gradient: Tensor) -> Tensor:
-    """Gradient of the SR vectors (B, C, N).
-
-    An operator without a derivative, of `loss` too: a second derivative, which the jacobian does not have, is an error.
-    """
+    """Gradient of the SR vectors (B, C, N); `loss` is there so that a second derivative is refused."""
     return loss_gradient[:, None] * jacobian
 
 
@@ -139,10 +136,20 @@ def _keep_jacobian(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, loss_gradient: Tensor, _) -> tuple[Tensor | None, ...]:
-    return backward_operator(*ctx.saved_tensors, loss_gradient).to(ctx.dtype), *[None] * 9
+    gradient = FirstDerivative.apply(backward_operator, *ctx.saved_tensors, loss_gradient)
+    return gradient.to(ctx.dtype), *[None] * 9
 
 
 operator.register_autograd(_backward, setup_context=_keep_jacobian)
+
+
+class _PatchNCE(torch.autograd.Function):
+    """The operator for `torch.func`, which does not see the derivative that is registered, for traces."""
+
+    generate_vmap_rule = True
+    forward = staticmethod(operator)
+    setup_context = staticmethod(_keep_jacobian)
+    backward = staticmethod(_backward)
 
 
 def patch_nce(
@@ -189,9 +196,12 @@ def patch_nce(
         raise ValueError(f"sr and gt must be on one device, got {sr.device} and {gt.device}")
     if not (sr.is_floating_point() and gt.is_floating_point()):
         raise TypeError(f"sr and gt must be floating-point tensors, got {sr.dtype} and {gt.dtype}")
-    tangent = forward_ad.unpack_dual(sr).tangent
-    loss, jacobian = operator(
-        sr,
+    primal, tangent = forward_ad.unpack_dual(sr)
+    if tangent is not None and sr.requires_grad:
+        raise NotImplementedError("patch_nce has no second derivative: use either forward-mode AD or backward()")
+    is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    loss, jacobian = (operator if is_traced else _PatchNCE.apply)(
+        primal,
         gt.detach(),
         _checks.number("temperature", temperature, above=True),
         _checks.one_of("modulation", modulation, Modulation),
@@ -202,8 +212,10 @@ def patch_nce(
         tangent is not None or (sr.requires_grad and torch.is_grad_enabled()),
         _checks.one_of("precision", precision, Precision),
     )
-    # Operators drop tangents.
-    return loss if tangent is None else forward_ad.make_dual(loss, (jacobian * tangent).sum(1))
+    if tangent is None:
+        return loss
+    slope = FirstDerivative.apply(backward_operator, loss, jacobian, torch.ones_like(loss))
+    return forward_ad.make_dual(loss, (slope * tangent).sum(1))
 
 
 def transport_potentials(

@@ -19,7 +19,8 @@ gram_difference, w_c^2 times squared_error; a channel of weight 0 is not read.
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -83,8 +84,10 @@ def second_order_statistics(
             raise ValueError(f"sr and {name} must be on one device, got {sr.device} and {tensor.device}")
     keep = None if channel_weights is None else channel_weights.detach() != 0
     _checks.one_of("precision", precision, Precision)
-    # Operators drop the tangents of forward-mode AD, the formula does not.
-    compute = operator if forward_ad.unpack_dual(sr).tangent is None else statistics_formula
+    is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    compute = operator if is_traced else _Statistics.apply
+    if forward_ad.unpack_dual(sr).tangent is not None:
+        compute = statistics_formula  # operators drop tangents
     gram_difference, moments = compute(sr, gt.detach(), keep, gram, precision)
     return SecondOrderStatistics(gram_difference if gram else None, *moments.unbind(1))
 
@@ -154,6 +157,24 @@ def _(
     return torch.empty_like(sr, memory_format=torch.contiguous_format)
 
 
+class FirstDerivative(torch.autograd.Function):
+    """Calls the operator of a derivative: a second derivative is refused, not left out."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(operator: Callable[..., Tensor], *arguments: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return operator(*arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise NotImplementedError("the operators of mghf_loss have no second derivative")
+
+
 def _keep_inputs(ctx, inputs, output) -> None:
     sr, gt, keep, ctx.gram, ctx.precision = inputs
     ctx.save_for_backward(sr, gt, keep, output[1])
@@ -171,10 +192,20 @@ def _backward(ctx, gram_gradient: Tensor, moment_gradient: Tensor) -> tuple[Tens
     if keep is not None:
         coefficients = torch.where(keep[:, None], coefficients, 0)
         mixing = None if mixing is None else torch.where(keep[:, None] & keep[:, :, None], mixing, 0)
-    return backward_operator(sr, gt, keep, mixing, coefficients, ctx.precision), *[None] * 4
+    arguments = sr, gt, keep, mixing, coefficients, ctx.precision
+    return FirstDerivative.apply(backward_operator, *arguments), *[None] * 4
 
 
 operator.register_autograd(_backward, setup_context=_keep_inputs)
+
+
+class _Statistics(torch.autograd.Function):
+    """The operator for `torch.func`, which does not see the derivative that is registered, for traces."""
+
+    generate_vmap_rule = True
+    forward = staticmethod(operator)
+    setup_context = staticmethod(_keep_inputs)
+    backward = staticmethod(_backward)
 
 
 def compute_dtype(sr: Tensor, gt: Tensor) -> torch.dtype:
