@@ -89,7 +89,8 @@ class Criterion(nn.Module, ABC):
         """Unweighted terms by name and per image (B,), differentiable in `sr`; arguments as in `forward`."""
         _checks.generator(generator)
         _checks.pair(sr, gt, least_size=self.least_size, device=self._frozen().device)
-        if not self._has_seen_gt and not torch.compiler.is_compiling():
+        is_traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+        if not self._has_seen_gt and not is_traced:  # inside vmap, images have no values that can be looked at
             self._has_seen_gt = True
             _checks.warn_of_range(gt, *self.input_range)
         return self._terms(sr, gt, generator)

@@ -136,7 +136,10 @@ def _keep_jacobian(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, loss_gradient: Tensor, _) -> tuple[Tensor | None, ...]:
-    gradient = FirstDerivative.apply(backward_operator, *ctx.saved_tensors, loss_gradient)
+    loss, jacobian = ctx.saved_tensors
+    if jacobian.ndim == 1:  # inside vmap, sr did not seem to need a gradient
+        raise NotImplementedError("patch_nce has no torch.func.grad of a vmap: use the vmap of the grad, or a batch")
+    gradient = FirstDerivative.apply(backward_operator, loss, jacobian, loss_gradient)
     return gradient.to(ctx.dtype), *[None] * 9
 
 
