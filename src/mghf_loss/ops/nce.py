@@ -56,7 +56,7 @@ def patch_nce_formula(
     In float32 at least, whatever `precision` and autocast say; on CUDA with the products of
     `torch.set_float32_matmul_precision`.
     """
-    batch, channels, places = sr.shape
+    batch, _, places = sr.shape
     dtype = compute_dtype(sr, gt)
     loss = sr.new_zeros((batch, places), dtype=dtype)
     jacobian = sr.new_zeros(sr.shape if with_jacobian else 0, dtype=dtype)

@@ -29,7 +29,7 @@ from torch.autograd import forward_ad
 from .. import _checks
 
 # Of the matrix products in the operators' kernels: "fast" rounds the operands to tf32 (statistics) or takes fp16 unit
-# vectors (PatchNCE), "high" is as accurate as float32. Sums, and everything on a CPU, are in float32 at least. The torch
+# vectors (PatchNCE), "high" is as accurate as float32. Sums, and all on a CPU, are in float32 at least. The torch
 # formula on CUDA follows `torch.set_float32_matmul_precision` instead.
 Precision = Literal["fast", "high"]
 
