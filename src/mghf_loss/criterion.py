@@ -85,7 +85,8 @@ class Criterion(nn.Module, ABC):
         _checks.generator(generator)
         _checks.pair(sr, gt, self.least_size)
         values = self._terms(sr, gt, generator)
-        if not self._has_seen_gt and not torch.compiler.is_compiling():
+        is_traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+        if not self._has_seen_gt and not is_traced:  # inside vmap, images have no values that can be looked at
             self._has_seen_gt = True
             _checks.warn_of_range(gt, *self.input_range)
         return values

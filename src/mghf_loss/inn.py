@@ -82,6 +82,8 @@ class Level(nn.Module):
         super().__init__()
         details = 4 * in_channels - 3
         self.haar = HaarDownsampling([(in_channels, 2, 2)])
+        # NumPy's numbers, which torch.compile would guard and then fail on in inference mode.
+        self.haar.jac_fwd, self.haar.jac_rev = float(self.haar.jac_fwd), float(self.haar.jac_rev)
         self.flow = SequenceINN(details, 1, 1)
         for k in range(config.couplings):
             # The raw details of photographs in [-1, 1] have a standard deviation of about 1/8; later packet

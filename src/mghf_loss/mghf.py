@@ -15,7 +15,7 @@ from .criterion import Criterion, Memory, rescale
 from .dino import DEFAULT_MODEL, DinoJSDLoss
 from .frozen import Frozen
 from .ops import second_order_statistics
-from .ops.precision import Precision
+from .ops.statistics import Precision
 
 if TYPE_CHECKING:
     from .inn import HighFrequencyINN
