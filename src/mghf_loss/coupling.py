@@ -101,8 +101,8 @@ class ChannelMixing(InvertibleModule):
     ) -> None:
         super().__init__(dims_in, dims_c)
         channels = self.dims_in[0][0]
-        rotation = nn.init.orthogonal_(torch.empty(channels, channels))
-        self.matrix = nn.Parameter(gain * rotation, requires_grad=learned)
+        rotation = nn.init.orthogonal_(torch.empty(channels, channels, dtype=torch.float32))  # no QR in half precision
+        self.matrix = nn.Parameter((gain * rotation).to(torch.get_default_dtype()), requires_grad=learned)
 
     def forward(
         self,
