@@ -107,13 +107,28 @@ def read(path: Path) -> Config:
             raise ValueError(f"expected the tables losses and track, and protocol, got {sorted(content)}")
         config = Config(
             _section(Protocol, content.get("protocol", {}), "protocol"),
-            {name: _section(LossSpec, loss, f"losses.{name!r}") for name, loss in content.get("losses", {}).items()},
+            _losses(content),
             tuple(_section(Track, track, "track") for track in content["track"]),
         )
         _check(config)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from error
     return config
+
+
+def read_losses(path: Path) -> dict[str, LossSpec]:
+    """The losses of a configuration, which may have no tracks."""
+    try:
+        with path.open("rb") as file:
+            found = _losses(tomllib.load(file))
+        _check_losses(found)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    return found
+
+
+def _losses(content: Mapping[str, Any]) -> dict[str, LossSpec]:
+    return {name: _section(LossSpec, loss, f"losses.{name!r}") for name, loss in content.get("losses", {}).items()}
 
 
 def _section(kind: type, content: Any, where: str) -> Any:
@@ -126,7 +141,11 @@ def _section(kind: type, content: Any, where: str) -> Any:
 
 
 def _number(name: str, value: Any, least: float, whole: bool = False) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int,) if whole else (int, float)) or not least <= value < math.inf:
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, (int,) if whole else (int, float))
+        or not least <= value < math.inf
+    ):
         raise ValueError(f"{name} must be a {'whole ' if whole else ''}number of at least {least:g}, got {value!r}")
 
 
@@ -137,7 +156,7 @@ def _numbers(name: str, values: Any, least: float, whole: bool = False) -> None:
         _number(name, value, least, whole)
 
 
-def _known(name: str, value: Any, known: Any) -> None:
+def check_known(name: str, value: Any, known: Any) -> None:
     if value not in known:
         raise ValueError(f"unknown {name} {value!r}, known are {', '.join(known)}")
 
@@ -153,9 +172,36 @@ def _check(config: Config) -> None:
         raise ValueError(f"protocol.crop must be a multiple of 8, got {protocol.crop}")
     for name in ("learning_rate", "base_learning_rate", "clip", "rise", "allowance"):
         _number(f"protocol.{name}", getattr(protocol, name), 1e-9)
-    for name, loss in config.losses.items():
+    _check_losses(config.losses)
+    names = [track.name for track in config.tracks]
+    for track in config.tracks:
+        where = f"track {track.name!r}"
+        if names.count(track.name) > 1:
+            raise ValueError(f"{where} is there twice")
+        for loss in track.losses:
+            check_known(f"loss of {where}", loss, config.losses)
+        check_known(f"model of {where}", track.model, models.MODELS)
+        check_known(f"task of {where}", track.task, tasks.TASKS)
+        if track.model in models.SR_ONLY and not tasks.is_sr(track.task):
+            raise ValueError(f"{where}: model {track.model!r} is for SR tasks, got {track.task!r}")
+        _numbers(f"{where}: seeds", track.seeds, 0, whole=True)
+        if not track.seeds:
+            raise ValueError(f"{where}: seeds must name one at least")
+        _numbers(f"{where}: critic", track.critic, 1e-9)
+        if track.critic and track.factors_of is None:
+            raise ValueError(f"{where}: a critic needs factors_of, the track that chooses the factors")
+        if track.factors_of is not None:
+            check_known(f"factors_of of {where}", track.factors_of, names)
+            source = config.track(track.factors_of)
+            missing = set(track.losses) - set(source.losses)
+            if missing or source.factors_of is not None:
+                raise ValueError(f"{where}: {source.name!r} chooses no factors for {sorted(missing) or 'itself'}")
+
+
+def _check_losses(specs: Mapping[str, LossSpec]) -> None:
+    for name, loss in specs.items():
         if ":" not in loss.type:
-            _known(f"type of loss {name!r}", loss.type, losses.TYPES)
+            check_known(f"type of loss {name!r}", loss.type, losses.TYPES)
         if name == L1:
             raise ValueError(f"losses.{L1!r} is the pixel loss alone, which is always there")
         if not isinstance(loss.options, dict):
@@ -166,26 +212,3 @@ def _check(config: Config) -> None:
         _number(f"losses.{name!r}.grow", loss.grow, 1.1)
         if loss.factor is not None:
             _number(f"losses.{name!r}.factor", loss.factor, 0)
-    names = [track.name for track in config.tracks]
-    for track in config.tracks:
-        where = f"track {track.name!r}"
-        if names.count(track.name) > 1:
-            raise ValueError(f"{where} is there twice")
-        for loss in track.losses:
-            _known(f"loss of {where}", loss, config.losses)
-        _known(f"model of {where}", track.model, models.MODELS)
-        _known(f"task of {where}", track.task, tasks.TASKS)
-        if track.model in models.SR_ONLY and not tasks.is_sr(track.task):
-            raise ValueError(f"{where}: model {track.model!r} is for SR tasks, got {track.task!r}")
-        _numbers(f"{where}: seeds", track.seeds, 0, whole=True)
-        if not track.seeds:
-            raise ValueError(f"{where}: seeds must name one at least")
-        _numbers(f"{where}: critic", track.critic, 1e-9)
-        if track.critic and track.factors_of is None:
-            raise ValueError(f"{where}: a critic needs factors_of, the track that chooses the factors")
-        if track.factors_of is not None:
-            _known(f"factors_of of {where}", track.factors_of, names)
-            source = config.track(track.factors_of)
-            missing = set(track.losses) - set(source.losses)
-            if missing or source.factors_of is not None:
-                raise ValueError(f"{where}: {source.name!r} chooses no factors for {sorted(missing) or 'itself'}")

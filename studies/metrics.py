@@ -52,7 +52,7 @@ METRICS: dict[str, Literal["higher", "lower", "one"]] = {
     "detail_energy": "one",
     "grid_lock": "lower",
 }
-Values = Union[float, list[Union[float, None]], list[list[float]]]
+Values = Union[float, list[float | None], list[list[float]]]
 
 BORDER = 4
 CONNECTION_TIMEOUT = 10  # seconds, of a download of weights
@@ -74,9 +74,7 @@ class Judge:
     def __init__(self, gts: Sequence[Tensor], names: Sequence[str] = tuple(METRICS)) -> None:
         for index, gt in enumerate(gts):
             if gt.ndim != 4 or gt.shape[:2] != (1, 3) or min(gt.shape[2:]) < LEAST_SIDE:
-                raise ValueError(
-                    f"gt {index}: expected (1, 3, H, W) with H, W >= {LEAST_SIDE}, got {tuple(gt.shape)}"
-                )
+                raise ValueError(f"gt {index}: expected (1, 3, H, W) with H, W >= {LEAST_SIDE}, got {tuple(gt.shape)}")
         self.names = names
         self.gts = [as_seen(gt) for gt in gts]
         self.known: dict[str, Any] = {}

@@ -270,14 +270,22 @@ class Study:
         for track in self.config.tracks:
             for run in self.track_runs(track):
                 if not self.is_done("bases", self.base(run)):
-                    yield Job(f"{self.base(run).name}, base", self.path("bases", self.base(run)), partial(self.make_base, self.base(run)))
+                    yield Job(
+                        f"{self.base(run).name}, base",
+                        self.path("bases", self.base(run)),
+                        partial(self.make_base, self.base(run)),
+                    )
                 elif not self.is_done("runs", run):
                     calibration = self.calibration(run)
                     if calibration is None or self.is_done("calibrations", calibration):
                         if not self.needs_l1_run(run) or self.is_done("runs", replace(run, loss=L1, ratio=0.0)):
                             yield Job(run.name, self.path("runs", run), partial(self.make_run, run))
                     elif self.is_done("bases", self.base(calibration)):
-                        yield Job(f"{calibration.name}, gradient", self.path("calibrations", calibration), partial(self.calibrate, calibration))
+                        yield Job(
+                            f"{calibration.name}, gradient",
+                            self.path("calibrations", calibration),
+                            partial(self.calibrate, calibration),
+                        )
         if self.judged:
             for track in self.config.tracks:
                 for run in self.judged_runs(track):
@@ -331,7 +339,7 @@ class Study:
                 found[ratio] = {name: mean(value) for name, value in values.items()}
         return found
 
-    def _scored(self, track: Track, loss: str) -> tuple[dict[float, float], dict[float, float]] | None:
+    def scored(self, track: Track, loss: str) -> tuple[dict[float, float], dict[float, float]] | None:
         """Score and drop of PSNR by ratio, of the first seed; none before L1 is done."""
         first = Run(track.model, track.task, track.seeds[0])
         if not self.is_done("runs", first):
@@ -346,7 +354,7 @@ class Study:
 
     def ratios(self, track: Track, loss: str) -> list[float]:
         """The ratios of the first seed: what is done and what comes next."""
-        spec, scored = self.config.losses[loss], self._scored(track, loss)
+        spec, scored = self.config.losses[loss], self.scored(track, loss)
         if scored is None:
             return []
         if spec.factor is not None:
@@ -355,7 +363,7 @@ class Study:
 
     def chosen(self, track: Track, loss: str) -> float | None:
         """The best ratio, once it is found; the least one where every one costs too much PSNR."""
-        scored = self._scored(track, loss)
+        scored = self.scored(track, loss)
         if scored is None or any(ratio not in scored[0] for ratio in self.ratios(track, loss)):
             return None
         scores, drops = scored
@@ -366,7 +374,7 @@ class Study:
         chosen = self.chosen(track, loss)
         if chosen is None:
             return []
-        scored = self._scored(track, loss)
+        scored = self.scored(track, loss)
         assert scored is not None
         drops = sorted(scored[1].items())
         wanted = {chosen}
@@ -440,7 +448,18 @@ class Study:
         def one_round(schedule: Callable[[torch.optim.Optimizer], Any], steps: int) -> None:
             first = protocol.round * len(trace)
             title = f"{run.name}, base, round {len(trace) + 1}"
-            train(model, self.train_images, run.task, protocol, schedule, first, steps, run.seed, title, optimiser=optimiser)
+            train(
+                model,
+                self.train_images,
+                run.task,
+                protocol,
+                schedule,
+                first,
+                steps,
+                run.seed,
+                title,
+                optimiser=optimiser,
+            )
             trace.append(mean(self.judge(model, run.task, (gts, judge))["psnr"]))
 
         def constant(optimiser: torch.optim.Optimizer) -> Any:

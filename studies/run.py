@@ -24,17 +24,15 @@ from .store import claim
 def run(study: Study) -> None:
     """Do what is ready until nothing is left; what another process does is waited for at the end only."""
     for name, reason in study.skipped.items():
-        tqdm.write(f"skipped {name}: {reason}")
-    count = 0
+        tqdm.write(f"skipped {name}: {reason}", sys.stderr)
     while jobs := list(study.ready()):
         for job in jobs:
             with claim(job.path) as mine:
                 if mine:
                     start = time.perf_counter()
                     study.store.write(job.path, job.work())
-                    count += 1
                     seconds = time.perf_counter() - start
-                    tqdm.write(f"{job.name}: {seconds:.0f} s; {count} done here, {len(jobs) - 1} or more to go")
+                    tqdm.write(f"{job.name}: {seconds:.0f} s; {len(jobs) - 1} or more to go", sys.stderr)
                     break
         else:
             time.sleep(1)  # all are in progress elsewhere

@@ -35,7 +35,7 @@ class Store:
             if changed:
                 raise ValueError(f"{self.folder} holds results of another protocol (other {', '.join(changed)})")
         else:
-            self._write(path, protocol)
+            write_json(path, protocol)
 
     def path(self, kind: str, name: str, identity: dict[str, Any]) -> Path:
         """Where a result of this identity is, or will be."""
@@ -44,11 +44,12 @@ class Store:
 
     def write(self, path: Path, content: dict[str, Any]) -> None:
         """Store a result with device, versions, commit and date."""
-        self._write(path, {**content, **provenance(self.device)})
+        write_json(path, {**content, **provenance(self.device)})
 
-    def _write(self, path: Path, content: dict[str, Any]) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, lambda temporary: temporary.write_text(json.dumps(content, indent=1) + "\n", "utf-8"))
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(content, indent=1) + "\n", "utf-8"))
 
 
 def read_json(path: Path) -> Any:
