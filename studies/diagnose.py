@@ -14,6 +14,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -37,7 +38,7 @@ from .store import write_json
 
 HERE = Path(__file__).parent
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "stereo_motorcycle")
-SIDE = 104  # 96 pixels at 8 phases
+SIDE = 96
 PERIOD = 8
 STEPS, LEARNING_RATE = 150, 0.02
 FALL = 0.01  # of a response, relative to its largest value: less is no fall
@@ -129,19 +130,17 @@ def response(loss: losses.Loss, gt: Tensor) -> dict[str, list[float]]:
 def describe_response(values: list[float]) -> str:
     """Rises all the way, stops rising, or falls."""
     largest = max(values)
-    if any(b < a - FALL * largest for a, b in zip(values, values[1:])):
+    if any(b < a - FALL * largest for a, b in itertools.pairwise(values)):
         return "falls"
     return "saturates" if values[-1] - values[-3] < 0.1 * largest else "rises"
 
 
 @torch.no_grad()
 def phases(loss: losses.Loss, sr: Tensor, gt: Tensor) -> list[list[float]]:
-    """The loss of the pair, each cut at the 8 x 8 phases of a grid."""
-    side = gt.shape[-1] - PERIOD
+    """The loss of the pair, rolled to the 8 x 8 phases of a grid."""
 
-    def at(top: int, left: int) -> float:
-        cut = (image[..., top : top + side, left : left + side] for image in (sr, gt))
-        return value(loss, *cut).item()
+    def at(*shift: int) -> float:
+        return value(loss, *(image.roll(shift, (-2, -1)) for image in (sr, gt))).item()
 
     return [[at(top, left) for left in range(PERIOD)] for top in range(PERIOD)]
 
@@ -184,7 +183,7 @@ def report(found: Mapping[str, Mapping[str, Any]], terms: Mapping[str, Mapping[s
         ("direction", "Direction: cosine of descent with gt - sr", ".2f"),
         ("gradient", "Gradient: norm over that of L1, factor 1", ".3g"),
     ):
-        shown = {name: figures[kind] for name, figures in found.items()} | (terms if kind == "gradient" else {})
+        shown = {**{name: figures[kind] for name, figures in found.items()}, **(terms if kind == "gradient" else {})}
         table = [
             {"loss": name, **{state: format(each, form) for state, each in figures.items()}}
             for name, figures in shown.items()

@@ -26,7 +26,7 @@ def network(number: int, device: str = "cpu") -> Any:
     for module in found.modules():
         if isinstance(module, nn.ReLU6):
             module.inplace = True  # a fifth of the time
-    return found.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+    return found.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)  # pyright: ignore
 
 
 def _normalised(images: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ import socket
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, Union
+from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -52,7 +52,7 @@ METRICS: dict[str, Literal["higher", "lower", "one"]] = {
     "detail_energy": "one",
     "grid_lock": "lower",
 }
-Values = Union[float, list[float | None], list[list[float]]]
+Values: TypeAlias = "float | list[float | None] | list[list[float]]"
 
 BORDER = 4
 CONNECTION_TIMEOUT = 10  # seconds, of a download of weights

@@ -8,11 +8,12 @@
    `DROPS`. The other seeds repeat what the comparison needs.
 5. Those models are judged, once, on photographs that chose nothing.
 
-`Study.ready()` lists what can be done now; several processes may work on one study at once.
+`Study.ready` lists what can be done now; several processes may work on one study at once.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -21,19 +22,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from mghf_loss import checkpoints
 from mghf_loss._files import write_atomically
 
 from . import losses, models, photographs
-from .config import L1, Config, Protocol, Track
+from .config import L1, Config, Track
 from .metrics import METRICS, Judge, Values, mean
 from .store import Store, read_json
 from .tasks import degrade
+from .training import DivergenceError, Objective, restore, train
 
 TUNING_SIDE = 320
 CALIBRATION_CROPS = 32
@@ -80,66 +80,11 @@ class Job:
     work: Callable[[], dict[str, Any]]
 
 
-class DivergenceError(RuntimeError):
-    """A gradient that is not finite."""
-
-
-def train(
-    model: nn.Module,
-    images: list[Tensor],
-    task: str,
-    protocol: Protocol,
-    schedule: Callable[[torch.optim.Optimizer], Any],
-    first: int,
-    steps: int,
-    seed: int,
-    title: str,
-    loss: losses.Loss | None = None,
-    factor: float = 0.0,
-    critic_weight: float = 0.0,
-    optimiser: torch.optim.Optimizer | None = None,
-) -> None:
-    """Minimise L1 + factor * loss - critic_weight * critic(sr) over `steps`; crops depend on seed and step alone."""
-    device = str(next(model.parameters()).device)
-    torch.manual_seed(seed)  # of a model that draws noise, and of the critic
-    optimiser = optimiser or torch.optim.Adam(model.parameters(), lr=protocol.learning_rate)
-    scheduler = schedule(optimiser)
-    critic = models.critic().to(device) if critic_weight else None
-    critic_optimiser = torch.optim.Adam(critic.parameters(), lr=4e-4, betas=(0.0, 0.9)) if critic else None
-    draws = torch.Generator().manual_seed(seed)
-    model.train()
-    for step in tqdm(range(first, first + steps), desc=title, unit="step", leave=False, disable=None):
-        generator = torch.Generator().manual_seed(1_000_003 * (seed + 1) + step)
-        crops = photographs.random_crops(images, protocol.batch, protocol.crop, generator)
-        gt = photographs.unit_range(crops, device)
-        sr = model(degrade(gt, task, generator))
-        value = F.l1_loss(sr, gt)
-        if loss is not None and factor:
-            value = value + factor * loss(sr, gt, draws)
-        if critic is not None:
-            value = value - critic_weight * critic(sr).mean()
-        optimiser.zero_grad(set_to_none=True)
-        value.backward()
-        if not torch.isfinite(nn.utils.clip_grad_norm_(model.parameters(), protocol.clip)):
-            raise DivergenceError(f"the gradient was not finite in step {step - first}")
-        optimiser.step()
-        scheduler.step()
-        if critic is not None and critic_optimiser is not None:
-            critic_optimiser.zero_grad(set_to_none=True)
-            (F.relu(1 - critic(gt)).mean() + F.relu(1 + critic(sr.detach())).mean()).backward()
-            critic_optimiser.step()
-
-
-@torch.no_grad()
-def restore(model: nn.Module, task: str, gt: Tensor, index: int) -> Tensor:
-    """What `model` makes of photograph number `index`, (1, 3, H, W), degraded."""
-    degraded = degrade(gt, task, torch.Generator().manual_seed(index))
-    torch.manual_seed(index)  # of a model that draws noise
-    return model.eval()(degraded)
-
-
 def score(figures: Mapping[str, float], of_l1: Mapping[str, float], allowance: float) -> float:
-    """Mean of log(measure / measure of L1) over `SCORE`, 10 - JOD for JOD: less is better, L1 has 0, beyond PSNR inf."""
+    """Mean of log(measure / measure of L1) over `SCORE`, with 10 - JOD for JOD: less is better, and L1 has 0.
+
+    Infinite where PSNR falls by more than the allowance.
+    """
     if not figures or figures["psnr"] < of_l1["psnr"] - allowance:
         return math.inf
     names = [name for name in SCORE if name in figures]
@@ -155,19 +100,24 @@ def score(figures: Mapping[str, float], of_l1: Mapping[str, float], allowance: f
 def bracket(
     scores: Mapping[float, float], drops: Mapping[float, float], first: tuple[float, ...], grow: float
 ) -> list[float]:
-    """The ratios to try next: `first`, then one beyond an end while the best is there or the deepest drop is not reached."""
+    """The ratios to try next: `first`, then one beyond an end while the best ratio is there.
+
+    Upwards also until the deepest drop of PSNR is reached, at which losses are compared.
+    """
     missing = [ratio for ratio in first if ratio not in scores]
     if missing:
         return missing
     low, high = min(scores), max(scores)
     best = min(scores, key=lambda ratio: (scores[ratio], ratio))
-    above, below = float(f"{high * grow:.4g}"), float(f"{low / grow:.4g}")
-    if (best == high or max(drops.values()) < max(DROPS)) and above <= MOST_RATIO and math.isfinite(drops[high]):
-        if best == high or not math.isinf(scores[high]):
-            return [above]
-    if best == low and below >= LEAST_RATIO:
-        return [below]
-    return []
+    above, below = neighbour(high, grow), neighbour(low, 1 / grow)
+    if (best == high or max(drops.values()) < max(DROPS)) and above <= MOST_RATIO:
+        return [above]
+    return [below] if best == low and below >= LEAST_RATIO else []
+
+
+def neighbour(ratio: float, times: float) -> float:
+    """The next ratio of a bracket."""
+    return float(f"{ratio * times:.4g}")
 
 
 class Study:
@@ -205,7 +155,7 @@ class Study:
     # Where things are.
 
     def base(self, run: Run) -> Run:
-        """The L1 model that a run starts from."""
+        """The L1 model that a run starts from, or as a run that model after the same steps of L1."""
         return Run(run.model, run.task, run.seed)
 
     def identity(self, run: Run) -> dict[str, Any]:
@@ -241,15 +191,13 @@ class Study:
 
     def restorer(self, run: Run) -> nn.Module:
         """What makes a run's images: its model, or the L1 model and a training-free change."""
-        spec = self.config.losses.get(run.loss)
-        if spec is None or spec.type not in losses.TRAINING_FREE:
+        if not self.is_training_free(run):
             return self.load(run)
-        base = replace(run, loss=L1, ratio=0.0)
-        change = models.CHANGES[spec.type](self.load(base), run.ratio, **spec.options)
+        spec, base = self.config.losses[run.loss], self.base(run)
+        change = models.CHANGES[spec.type](self.load(base), run.ratio, **spec.options).to(self.device)
         if isinstance(change, models.LatentGain):
-            gt, sr = self.calibration_images(base, "runs")
-            change.fit(sr, gt)
-        return change.to(self.device)
+            change.fit(*self.calibration_images(base, "runs"))
+        return change
 
     def save(self, path: Path, model: nn.Module) -> None:
         state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
@@ -258,39 +206,41 @@ class Study:
 
     # What can be done now.
 
-    def ready(self) -> Iterator[Job]:
+    def ready(self) -> list[Job]:
         """Everything that is unfinished and needs nothing unfinished; nothing once the study is complete."""
-        seen: set[Path] = set()
-        for job in self._ready():
-            if job.path not in seen:
-                seen.add(job.path)
-                yield job
-
-    def _ready(self) -> Iterator[Job]:
-        for track in self.config.tracks:
-            for run in self.track_runs(track):
-                if not self.is_done("bases", self.base(run)):
-                    yield Job(
-                        f"{self.base(run).name}, base",
-                        self.path("bases", self.base(run)),
-                        partial(self.make_base, self.base(run)),
-                    )
-                elif not self.is_done("runs", run):
-                    calibration = self.calibration(run)
-                    if calibration is None or self.is_done("calibrations", calibration):
-                        if not self.needs_l1_run(run) or self.is_done("runs", replace(run, loss=L1, ratio=0.0)):
-                            yield Job(run.name, self.path("runs", run), partial(self.make_run, run))
-                    elif self.is_done("bases", self.base(calibration)):
-                        yield Job(
-                            f"{calibration.name}, gradient",
-                            self.path("calibrations", calibration),
-                            partial(self.calibrate, calibration),
-                        )
+        wanted = [("runs", run) for track in self.config.tracks for run in self.track_runs(track)]
         if self.judged:
-            for track in self.config.tracks:
-                for run in self.judged_runs(track):
-                    if self.is_done("runs", run) and not self.is_done("judged", run):
-                        yield Job(f"{run.name}, judge", self.path("judged", run), partial(self.make_judged, run))
+            wanted += [("judged", run) for track in self.config.tracks for run in self.judged_runs(track)]
+        jobs = [job for each in wanted if (job := self._next(*each)) is not None]
+        return list({job.path: job for job in reversed(jobs)}.values())[::-1]
+
+    def prerequisites(self, kind: str, run: Run) -> list[tuple[str, Run]]:
+        """The results that a result is made of."""
+        if kind == "bases":
+            return []
+        if kind == "judged":
+            return [("runs", run)]
+        needed = [("bases", self.base(run))]
+        if kind == "runs" and (calibration := self.calibration(run)) is not None:
+            needed.append(("calibrations", calibration))
+        if kind == "runs" and self.is_training_free(run):
+            needed.append(("runs", self.base(run)))
+        return needed
+
+    def _next(self, kind: str, run: Run) -> Job | None:
+        """What is to do first for a result; nothing where it is there."""
+        if self.is_done(kind, run):
+            return None
+        for needed in self.prerequisites(kind, run):
+            if (job := self._next(*needed)) is not None:
+                return job
+        make = {
+            "bases": self.make_base,
+            "calibrations": self.calibrate,
+            "runs": self.make_run,
+            "judged": self.make_judged,
+        }
+        return Job(f"{run.name} ({kind})", self.path(kind, run), partial(make[kind], run))
 
     def track_runs(self, track: Track) -> Iterator[Run]:
         """The runs that a track is known to need; more of them once these are done."""
@@ -329,10 +279,8 @@ class Study:
         """Means over the tuning photographs by ratio, of the finished runs of one seed."""
         run = Run(track.model, track.task, track.seeds[0] if seed is None else seed, loss)
         spec, found = self.config.losses[loss], {}
-        if spec.factor is not None:
-            candidates = [1.0]
-        else:
-            candidates = sorted({*spec.ratios, *_grown(spec.ratios, spec.grow)})
+        fixed = spec.factor is not None
+        candidates = [1.0] if fixed else sorted({*spec.ratios, *_grown(spec.ratios, spec.grow)})
         for ratio in candidates:
             if self.is_done("runs", replace(run, ratio=ratio)):
                 values = self.figures("runs", replace(run, ratio=ratio))
@@ -379,7 +327,7 @@ class Study:
         drops = sorted(scored[1].items())
         wanted = {chosen}
         for drop in DROPS:
-            for (low, at_low), (high, at_high) in zip(drops, drops[1:]):
+            for (low, at_low), (high, at_high) in itertools.pairwise(drops):
                 if at_low <= drop < at_high < math.inf:
                     wanted |= {low, high}
         if drops[0][1] > min(DROPS):  # between L1 and the least ratio
@@ -394,10 +342,9 @@ class Study:
         seeds = [t.seeds[0] for t in self.config.tracks if (t.model, t.task) == (run.model, run.task) and not t.critic]
         return Run(run.model, run.task, seeds[0] if seeds else run.seed, run.loss)
 
-    def needs_l1_run(self, run: Run) -> bool:
-        """Whether a run changes the images of the L1 model after its extra steps."""
-        spec = self.config.losses.get(run.loss)
-        return spec is not None and spec.type in losses.TRAINING_FREE
+    def is_training_free(self, run: Run) -> bool:
+        """Whether a run changes the images of an L1 model, and has no model of its own."""
+        return run.loss != L1 and self.config.losses[run.loss].type in losses.TRAINING_FREE
 
     # The work.
 
@@ -421,19 +368,16 @@ class Study:
 
     def judge(self, model: nn.Module, task: str, panel: tuple[list[Tensor], Judge]) -> dict[str, Values]:
         gts, judge = panel
-        srs = [restore(model, task, gt, index) for index, gt in enumerate(gts)]
-        if not all(sr.isfinite().all() for sr in srs):
-            raise DivergenceError("the model's images are not finite")
-        return judge(srs)
+        return judge([restore(model, task, gt, index) for index, gt in enumerate(gts)])
 
     def calibration_images(self, run: Run, kind: str) -> tuple[Tensor, Tensor]:
-        """Crops of training photographs and what a stored model makes of them."""
+        """What a stored model makes of crops of training photographs, and the crops."""
         generator = torch.Generator().manual_seed(0)
         crops = photographs.random_crops(self.train_images, CALIBRATION_CROPS, self.config.protocol.crop, generator)
         gt = photographs.unit_range(crops, self.device)
         torch.manual_seed(0)
         with torch.no_grad():
-            return gt, self.load(run, kind).eval()(degrade(gt, run.task, generator))
+            return self.load(run, kind).eval()(degrade(gt, run.task, generator)), gt
 
     def make_base(self, run: Run) -> dict[str, Any]:
         """Train the L1 model of `run` until its PSNR on the tuning photographs stops rising, then let it anneal."""
@@ -445,40 +389,26 @@ class Study:
         optimiser = torch.optim.Adam(model.parameters(), lr=protocol.base_learning_rate)
         trace: list[float] = []
 
-        def one_round(schedule: Callable[[torch.optim.Optimizer], Any], steps: int) -> None:
-            first = protocol.round * len(trace)
+        def one_round(schedule: torch.optim.lr_scheduler.LRScheduler, count: int) -> None:
+            steps = range(protocol.round * len(trace), protocol.round * len(trace) + count)
             title = f"{run.name}, base, round {len(trace) + 1}"
-            train(
-                model,
-                self.train_images,
-                run.task,
-                protocol,
-                schedule,
-                first,
-                steps,
-                run.seed,
-                title,
-                optimiser=optimiser,
-            )
+            train(model, run.task, self.train_images, protocol, optimiser, schedule, steps, run.seed, title)
             trace.append(mean(self.judge(model, run.task, (gts, judge))["psnr"]))
 
-        def constant(optimiser: torch.optim.Optimizer) -> Any:
-            return torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 1.0)
-
         while len(trace) < protocol.most_rounds:
-            one_round(constant, protocol.round)
+            one_round(torch.optim.lr_scheduler.ConstantLR(optimiser, 1.0), protocol.round)
             before = trace[: -protocol.patience]
             if before and max(trace) < max(before) + protocol.rise:
                 break
-        steps = 2 * protocol.round
-        one_round(lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, steps), steps)
+        annealing = 2 * protocol.round
+        one_round(torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, annealing), annealing)
         self.save(self.path("bases", run), model)
         return {**self.identity(run), "psnr_of_rounds": trace}
 
     def calibrate(self, run: Run) -> dict[str, Any]:
         """Measure a loss's gradient ratio at the L1 model's images."""
         spec = self.config.losses[run.loss]
-        gt, sr = self.calibration_images(self.base(run), "bases")
+        sr, gt = self.calibration_images(self.base(run), "bases")
         loss = losses.build(spec.type, spec.options, self.device)
         return {**self.identity(run), "loss": run.loss, "gradient_ratio": losses.gradient_ratio(loss, sr, gt)}
 
@@ -494,25 +424,27 @@ class Study:
 
     def make_run(self, run: Run) -> dict[str, Any]:
         """Fine-tune the L1 model and look at the tuning photographs; a diverged run is a result."""
-        spec, protocol = self.config.losses.get(run.loss), self.config.protocol
         found = {**self.identity(run), "loss": run.loss, "applied_factor": self.factor(run)}
         try:
-            if spec is None or spec.type not in losses.TRAINING_FREE:
-                model = self.load(self.base(run), "bases")
-                loss = None if spec is None else losses.build(spec.type, spec.options, self.device)
-                rate, steps = protocol.learning_rate, protocol.steps
-
-                def one_cycle(optimiser: torch.optim.Optimizer) -> Any:
-                    return torch.optim.lr_scheduler.OneCycleLR(optimiser, rate, total_steps=steps + 1, pct_start=0.1)
-
-                first = protocol.round * (protocol.most_rounds + 2)  # crops that no base has seen
-                train(model, self.train_images, run.task, protocol, one_cycle, first, steps, run.seed, run.name,
-                      loss, self.factor(run), run.critic)  # fmt: skip
-                self.save(self.path("runs", run), model)
-            values = self.judge(self.restorer(run), run.task, self.tuning_judge)
+            if not self.is_training_free(run):
+                self.save(self.path("runs", run), self.fine_tune(run))
+            return {**found, "values": self.judge(self.restorer(run), run.task, self.tuning_judge)}
         except DivergenceError as error:
             return {**found, "failure": str(error), "values": {}}
-        return {**found, "values": values}
+
+    def fine_tune(self, run: Run) -> nn.Module:
+        """Return the L1 model after the steps of a run."""
+        spec, protocol = self.config.losses.get(run.loss), self.config.protocol
+        model = self.load(self.base(run), "bases")
+        loss = None if spec is None else losses.build(spec.type, spec.options, self.device)
+        optimiser = torch.optim.Adam(model.parameters(), lr=protocol.learning_rate)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            optimiser, protocol.learning_rate, total_steps=protocol.steps + 1, pct_start=0.1
+        )
+        first = protocol.round * (protocol.most_rounds + 2)  # crops that no L1 model has seen
+        steps, objective = range(first, first + protocol.steps), Objective(loss, self.factor(run), run.critic)
+        train(model, run.task, self.train_images, protocol, optimiser, schedule, steps, run.seed, run.name, objective)
+        return model
 
     def make_judged(self, run: Run) -> dict[str, Any]:
         """Judge a model on photographs that chose nothing."""
@@ -527,10 +459,7 @@ def _network_sha256(network: str) -> str:
 
 def _grown(first: tuple[float, ...], grow: float) -> Iterator[float]:
     """The ratios that a bracket may come to."""
-    below, above = min(first), max(first)
-    while below >= LEAST_RATIO:
-        yield below
-        below = float(f"{below / grow:.4g}")
-    while above <= MOST_RATIO:
-        yield above
-        above = float(f"{above * grow:.4g}")
+    for ratio, times in ((min(first), 1 / grow), (max(first), grow)):
+        while LEAST_RATIO <= ratio <= MOST_RATIO:
+            yield ratio
+            ratio = neighbour(ratio, times)

@@ -22,8 +22,9 @@ from mghf_loss._files import write_atomically
 from . import config, losses, photographs, tables
 from .config import L1, Track
 from .metrics import METRICS
-from .protocol import DROPS, LEAST_RATIO, MOST_RATIO, Folders, Run, Study, restore
+from .protocol import DROPS, LEAST_RATIO, MOST_RATIO, Folders, Run, Study
 from .store import read_json, slug
+from .training import restore
 
 # At most six columns each, the loss among them.
 GROUPS = (
@@ -228,13 +229,13 @@ def plot_front(study: Study, track: Track, path: Path) -> None:
         return
     rows = -(-len(metrics) // 2)
     figure, axes = plt.subplots(rows, 2, figsize=(13, 5.2 * rows), layout="constrained", squeeze=False)
-    for axis, metric in zip(axes.flat, metrics):
+    for axis, metric in zip(axes.flat, metrics, strict=False):
         axis.plot(0, l1.figure(metric), "k*", markersize=12, zorder=5)
         for index, (loss, points) in enumerate(shown.items()):
             is_ours = loss != L1 and study.config.losses[loss].type in losses.OURS
             places = [(-drop(point, l1), point.figure(metric)) for point in points]
             style = {"color": f"C{index % 10}", "linewidth": 2.4 if is_ours else 1.0, "marker": "."}
-            axis.plot(*zip(*places), **style)
+            axis.plot(*zip(*places, strict=True), **style)
             axis.annotate(loss, places[-1], (4, 0), textcoords="offset points", fontsize=7, color=style["color"])
         axis.set_xlabel("PSNR against L1, dB")
         axis.set_ylabel(tables.heading(metric))
@@ -257,12 +258,14 @@ def plot_factors(study: Study, track: Track, path: Path) -> None:
         scored = study.scored(track, loss)
         if scored is None or study.config.losses[loss].factor is not None:
             continue
-        for axis, values in zip(axes, (scored[1], scored[0])):
+        for axis, values in zip(axes, (scored[1], scored[0]), strict=True):
             points = sorted((ratio, value) for ratio, value in values.items() if math.isfinite(value))
             if points:
-                axis.plot(*zip(*points), marker=".", color=f"C{index % 10}")
+                axis.plot(*zip(*points, strict=True), marker=".", color=f"C{index % 10}")
                 axis.annotate(loss, points[-1], (4, 0), textcoords="offset points", fontsize=7, color=f"C{index % 10}")
-    for axis, label in zip(axes, ("drop of PSNR, dB", f"score of {', '.join(COMPARED)}; less is better than L1")):
+    for axis, label in zip(
+        axes, ("drop of PSNR, dB", f"score of {', '.join(COMPARED)}; less is better than L1"), strict=True
+    ):
         axis.set_xscale("log", base=4)
         axis.set_xlabel("factor, multiples of equal gradients")
         axis.set_ylabel(label)
@@ -294,10 +297,10 @@ def plot_crops(study: Study, track: Track, path: Path, names: Sequence[str]) -> 
         layout="constrained",
         squeeze=False,
     )
-    for row, index in zip(axes, chosen):
+    for row, index in zip(axes, chosen, strict=True):
         window = int(windows(gts[index]).std((1, 2, 3)).argmax())
         versions = {label: restore(model, track.task, gts[index], index) for label, model in models.items()}
-        for axis, (label, image) in zip(row, {**versions, "ground truth": gts[index]}.items()):
+        for axis, (label, image) in zip(row, {**versions, "ground truth": gts[index]}.items(), strict=True):
             axis.imshow(windows(image.clamp(0, 1))[window].permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
             axis.set_axis_off()
             axis.set_title(label, fontsize=8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 
@@ -71,25 +72,26 @@ def best_in_bold(metric: str, figures: Mapping[str, float], optimised: set[str])
     """The cells of a column by row; rows that optimise the metric are marked, and are never the best."""
     judged = {row: badness(metric, value) for row, value in figures.items() if row not in optimised}
     best = min(judged.values(), default=math.nan)
-    return {
-        row: f"{value:.4g}{OPTIMISED}"
-        if row in optimised
-        else f"**{value:.4g}**"
-        if judged[row] == best
-        else f"{value:.4g}"
-        for row, value in figures.items()
-    }
+
+    def cell(row: str, value: float) -> str:
+        text = f"{value:.4g}"
+        if row in optimised:
+            return text + OPTIMISED
+        return f"**{text}**" if judged[row] == best else text
+
+    return {row: cell(row, value) for row, value in figures.items()}
 
 
-def at_drop(
-    curve: Sequence[tuple[float, float, Mapping[str, Tensor]]], drop: float
-) -> tuple[float, dict[str, Tensor]] | None:
-    """Ratio and values where a drop of PSNR is reached, between the points (ratio, drop, values) of a curve.
+Point = tuple[float, float, Mapping[str, Tensor]]  # ratio, drop of PSNR, values by metric
 
-    Linear in the drop, and in the logarithm of the ratio; from L1 (ratio 0) to the first point linear in the ratio. None
-    where the curve does not come to the drop.
+
+def at_drop(curve: Sequence[Point], drop: float) -> tuple[float, dict[str, Tensor]] | None:
+    """Ratio and values where a drop of PSNR is reached, between the points of a curve that starts at L1.
+
+    Linear in the drop, and in the logarithm of the ratio; from L1 (ratio 0) to the first point linear in the ratio.
+    None where the curve does not come to the drop.
     """
-    for (low, at_low, before), (high, at_high, after) in zip(curve, curve[1:]):
+    for (low, at_low, before), (high, at_high, after) in itertools.pairwise(curve):
         if at_low <= drop < at_high and math.isfinite(at_high):
             share = (drop - at_low) / (at_high - at_low)
             ratio = share * high if low == 0 else low * (high / low) ** share
