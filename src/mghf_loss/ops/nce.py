@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import _checks
-from .statistics import FirstDerivative, Precision, compute_dtype
+from .statistics import Precision, compute_dtype, first_derivative
 
 Modulation = Literal["plain", "hard", "easy"]
 # Elements of the largest block of pairs that is held at a time: 64 MiB in float32.
@@ -139,7 +139,7 @@ def _backward(ctx, loss_gradient: Tensor, _) -> tuple[Tensor | None, ...]:
     loss, jacobian = ctx.saved_tensors
     if jacobian.ndim == 1:  # inside vmap, sr did not seem to need a gradient
         raise NotImplementedError("patch_nce has no torch.func.grad of a vmap: use the vmap of the grad, or a batch")
-    gradient = FirstDerivative.apply(backward_operator, loss, jacobian, loss_gradient)
+    gradient = first_derivative(backward_operator, loss, jacobian, loss_gradient)
     return gradient.to(ctx.dtype), *[None] * 9
 
 
@@ -217,7 +217,7 @@ def patch_nce(
     )
     if tangent is None:
         return loss
-    slope = FirstDerivative.apply(backward_operator, loss, jacobian, torch.ones_like(loss))
+    slope = first_derivative(backward_operator, loss, jacobian, torch.ones_like(loss))
     return forward_ad.make_dual(loss, (slope * tangent).sum(1))
 
 

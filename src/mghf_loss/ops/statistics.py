@@ -157,9 +157,12 @@ def _(
     return torch.empty_like(sr, memory_format=torch.contiguous_format)
 
 
-class FirstDerivative(torch.autograd.Function):
-    """Calls the operator of a derivative: a second derivative is refused, not left out."""
+def first_derivative(operator: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    """Call an operator that computes a derivative; a second derivative is refused, not left out."""
+    return _FirstDerivative.apply(operator, *arguments)  # type: ignore[return-value]
 
+
+class _FirstDerivative(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
@@ -193,7 +196,7 @@ def _backward(ctx, gram_gradient: Tensor, moment_gradient: Tensor) -> tuple[Tens
         coefficients = torch.where(keep[:, None], coefficients, 0)
         mixing = None if mixing is None else torch.where(keep[:, None] & keep[:, :, None], mixing, 0)
     arguments = sr, gt, keep, mixing, coefficients, ctx.precision
-    return FirstDerivative.apply(backward_operator, *arguments), *[None] * 4
+    return first_derivative(backward_operator, *arguments), *[None] * 4
 
 
 operator.register_autograd(_backward, setup_context=_keep_inputs)
