@@ -143,7 +143,7 @@ def _backward(ctx, loss_gradient: Tensor, _) -> tuple[Tensor | None, ...]:
     return gradient.to(ctx.dtype), *[None] * 9
 
 
-_patch_nce = differentiable(operator, _keep_jacobian, _backward)
+functional = differentiable(operator, _keep_jacobian, _backward)
 
 
 def patch_nce(
@@ -193,7 +193,8 @@ def patch_nce(
     primal, tangent = forward_ad.unpack_dual(sr)
     if tangent is not None and sr.requires_grad:
         raise NotImplementedError("patch_nce has no second derivative: use either forward-mode AD or backward()")
-    loss, jacobian = _patch_nce(
+    compute = functional if torch._C._are_functorch_transforms_active() else operator
+    loss, jacobian = compute(
         primal,
         gt.detach(),
         _checks.number("temperature", temperature, above=True),

@@ -84,8 +84,9 @@ def second_order_statistics(
             raise ValueError(f"sr and {name} must be on one device, got {sr.device} and {tensor.device}")
     keep = None if channel_weights is None else channel_weights.detach() != 0
     _checks.one_of("precision", precision, Precision)
-    # Operators drop the tangents of forward-mode AD.
-    compute = _statistics if forward_ad.unpack_dual(sr).tangent is None else statistics_formula
+    compute = functional if torch._C._are_functorch_transforms_active() else operator
+    if forward_ad.unpack_dual(sr).tangent is not None:
+        compute = statistics_formula  # operators drop tangents
     gram_difference, moments = compute(sr, gt.detach(), keep, gram, precision)
     return SecondOrderStatistics(gram_difference if gram else None, *moments.unbind(1))
 
@@ -158,18 +159,11 @@ def _(
 def differentiable(
     operator: Any, setup_context: Callable[..., None], backward: Callable[..., Any]
 ) -> Callable[..., Any]:
-    """Register the derivative of `operator`; return the function to call, which `torch.func` can differentiate too."""
+    """Register the derivative of `operator`; return it for `torch.func`, which does not see what is registered."""
     operator.register_autograd(backward, setup_context=setup_context)
     static = {"forward": operator, "setup_context": setup_context, "backward": backward}
     attributes = {"generate_vmap_rule": True, **{name: staticmethod(function) for name, function in static.items()}}
-    function: Any = type("Differentiable", (torch.autograd.Function,), attributes)
-
-    def call(*arguments: Any) -> Any:
-        # A trace holds operators, and no functions of Python.
-        is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
-        return (operator if is_traced else function.apply)(*arguments)
-
-    return call
+    return type("Functional", (torch.autograd.Function,), attributes).apply  # type: ignore[attr-defined]
 
 
 def first_derivative(operator: Callable[..., Tensor], *arguments: Any) -> Tensor:
@@ -214,7 +208,7 @@ def _backward(ctx, gram_gradient: Tensor, moment_gradient: Tensor) -> tuple[Tens
     return first_derivative(backward_operator, *arguments), *[None] * 4
 
 
-_statistics = differentiable(operator, _keep_inputs, _backward)
+functional = differentiable(operator, _keep_inputs, _backward)
 
 
 def compute_dtype(sr: Tensor, gt: Tensor) -> torch.dtype:
