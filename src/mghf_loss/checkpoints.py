@@ -68,7 +68,7 @@ def load(name: str | Path, *, revision: str | None = None, **hub_options: Any) -
             return _read(_download(repo, revision, {**hub_options, "force_download": True}), name)
         except CheckpointError as error:
             raise CheckpointError(
-                f"{damage}\nDownloading it again did not help. If the cache is damaged, run where the Hub is reachable: "
+                f"{damage}\nDownloading it again did not help. If the cache is damaged, run where the Hub answers: "
                 f"`{download_command(repo, revision)} --force-download`"
             ) from error
 
