@@ -25,7 +25,7 @@ def build(inn, tiny_dino):
             return MGHFnLoss(inn, cache_gt=cache_gt)
         if name == "DinoJSDLoss":
             return DinoJSDLoss(tiny_dino, cache_gt=cache_gt)
-        return MGHFLoss({"patch_nce": 0.0, "dino_jsd": 1.0}, inn, dino=tiny_dino, cache_gt=cache_gt)
+        return MGHFLoss(coefficients={"patch_nce": 0.0, "dino_jsd": 1.0}, inn=inn, dino=tiny_dino, cache_gt=cache_gt)
 
     return build
 
@@ -129,6 +129,19 @@ def test_changed_settings_compute_anew(build, seen):
         criterion(sr, gt)
         criterion.input_range = (0.0, 2.0)
         assert passes(criterion, sr, gt, seen) == 2
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_replaced_network_computes_anew(name, build, seen):
+    criterion = build(name)
+    sr, gt = pair()
+    criterion(sr, gt)
+    frozen = criterion.inn if name != "DinoJSDLoss" else criterion.network
+    other = copy.deepcopy(frozen.network)
+    with torch.no_grad():
+        next(other.parameters()).mul_(2)
+    frozen.network = other
+    assert passes(criterion, sr, gt, seen) == (3 if name == "MGHFLoss" else 2)  # DINO's of GT is kept
 
 
 def test_autocast_is_a_setting(build, seen):
