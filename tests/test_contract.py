@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader
 
+from conftest import perturbed_inn
 from mghf_loss import DinoJSDLoss, MGHFLoss, MGHFnLoss
-from mghf_loss.mghf import DEFAULT_COEFFICIENTS
+from mghf_loss.mghf import COEFFICIENTS
 
-TERMS = list(DEFAULT_COEFFICIENTS)
+TERMS = list(COEFFICIENTS["paper"])
 LOSSES = ["MGHFnLoss", "MGHFLoss", "DinoJSDLoss", *(f"only {term}" for term in TERMS)]
 
 
@@ -28,7 +34,7 @@ def build(inn, tiny_dino) -> Callable[..., nn.Module]:
         if name == "DinoJSDLoss":
             return DinoJSDLoss(tiny_dino, **options)
         coefficients = {"dino_jsd": 1.0} if name == "MGHFLoss" else only(name.removeprefix("only "))
-        return MGHFLoss(coefficients, inn=inn, dino=tiny_dino, patches=64, **options)
+        return MGHFLoss(coefficients=coefficients, inn=inn, dino=tiny_dino, patches=64, **options)
 
     return build
 
@@ -65,7 +71,7 @@ INPUTS: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {
     "fp64": lambda: tuple(image.double() for image in random_pair()),
     "fp16 sr, fp32 gt": lambda: (random_pair()[0].half(), random_pair()[1]),
 }
-AT_MINIMUM = {  # where a term has its minimum, or, for patch_nce, cannot tell places apart
+AT_MINIMUM = {  # where a term has its minimum, or, for patch_nce, cannot tell locations apart
     "equal": {"MGHFnLoss", "DinoJSDLoss", "only content", "only style", "only correlation", "only dino_jsd"},
     "both black": set(LOSSES),
     "gt black": {"only patch_nce"},
@@ -73,6 +79,7 @@ AT_MINIMUM = {  # where a term has its minimum, or, for patch_nce, cannot tell p
 }
 
 
+@pytest.mark.filterwarnings("ignore:the first GT has values")  # black, out of range
 @pytest.mark.parametrize("inputs", INPUTS)
 @pytest.mark.parametrize("name", LOSSES)
 def test_gradient_is_finite_and_reaches_sr_alone(name, inputs, build):
@@ -102,7 +109,6 @@ def test_autocast_changes_little_and_the_inn_not_at_all(name, dtype, build):
     sr.requires_grad_()
 
     def value_and_gradient(autocast: bool) -> tuple[Tensor, Tensor]:
-        torch.manual_seed(1)
         with torch.autocast("cpu", dtype=dtype, enabled=autocast):
             loss = criterion(sr, gt)
         return loss.detach(), torch.autograd.grad(loss, sr)[0]
@@ -123,7 +129,6 @@ def test_memory_format_and_strides_do_not_matter(name, build):
     sr, gt = random_pair()
 
     def value(change: Callable[[Tensor], Tensor]) -> Tensor:
-        torch.manual_seed(1)
         return criterion(change(sr), change(gt))
 
     expected = value(lambda image: image)
@@ -138,7 +143,6 @@ def test_two_seeded_runs_agree_bit_for_bit(name, build):
     sr.requires_grad_()
 
     def run() -> tuple[Tensor, Tensor]:
-        torch.manual_seed(7)
         loss = criterion(sr, gt)
         return loss.detach(), torch.autograd.grad(loss, sr)[0]
 
@@ -147,19 +151,66 @@ def test_two_seeded_runs_agree_bit_for_bit(name, build):
     assert torch.equal(gradient, gradient_again)
 
 
-def test_a_generator_of_the_callers_decides_the_places(build):
-    criterion = build("only patch_nce")
-    sr, gt = random_pair()
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_pair_has_one_value_and_no_random_number_is_drawn(name, training, build, inn, tiny_dino):
+    state = torch.get_rng_state()
+    criterion = build(name).train(training)
+    pair = torch.rand(2, 1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator()
+    given = generator.get_state()
+    assert torch.equal(criterion(*pair), criterion(*pair))
+    assert torch.equal(criterion(*pair, generator=generator), criterion(*pair, generator=generator))
+    assert torch.equal(generator.get_state(), given)
+    assert torch.equal(torch.get_rng_state(), state)
 
-    def value(seed: int) -> Tensor:
-        return criterion(sr, gt, generator=torch.Generator().manual_seed(seed))
 
-    before = torch.get_rng_state()
+def test_locations_follow_from_the_images_and_the_generators_seed(build):
+    criterion = build("only patch_nce", reduction="none")
+    sr, gt = (image.expand(2, -1, -1, -1) for image in random_pair(1, 3, 32, 32))
+
+    def value(seed: int | None = None) -> Tensor:
+        return criterion(sr, gt, generator=None if seed is None else torch.Generator().manual_seed(seed))
+
     assert torch.equal(value(1), value(1))
-    assert not torch.equal(value(1), value(2))
-    assert torch.equal(torch.get_rng_state(), before)  # the global generator is left alone
+    assert len({value(seed)[0].item() for seed in (None, 1, 2, 3)}) == 4
+    assert value()[0] == value()[1]  # an image's value does not depend on its batch
 
 
+def train(logged: bool) -> list[Tensor]:
+    """Parameters after two epochs of shuffled batches, with or without a loss that only looks on."""
+    torch.manual_seed(0)
+    logger = MGHFLoss() if logged else None
+    model, images = nn.Conv2d(3, 3, 3, padding=1), torch.rand(6, 3, 16, 16)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(2):
+        for gt in DataLoader(images, batch_size=2, shuffle=True):
+            sr = model(gt + 0.1 * torch.randn_like(gt))
+            loss = F.l1_loss(sr, gt)
+            if logger is not None:
+                logger(sr, gt, return_terms=True)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return list(model.parameters())
+
+
+def test_a_seeded_training_is_the_same_with_a_loss_that_is_only_logged():
+    assert all(map(torch.equal, train(logged=False), train(logged=True)))
+
+
+@pytest.mark.parametrize("seed", [None, 1])
+def test_gradient_checkpointing_computes_the_same_loss(seed, build):
+    criterion = build("MGHFLoss")
+    sr, gt = random_pair()
+    sr.requires_grad_()
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    (expected,) = torch.autograd.grad(criterion(sr, gt, generator=generator), sr)
+    (got,) = torch.autograd.grad(checkpoint(criterion, sr, gt, generator=generator, use_reentrant=False), sr)
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.compile
 @pytest.mark.parametrize("name", LOSSES)
 def test_compiled_without_graph_breaks_it_gives_the_eager_value(name, build):
     criterion = build(name)
@@ -167,7 +218,6 @@ def test_compiled_without_graph_breaks_it_gives_the_eager_value(name, build):
     sr.requires_grad_()
 
     def run(function: nn.Module) -> tuple[Tensor, Tensor]:
-        torch.manual_seed(3)
         loss = function(sr, gt)
         return loss.detach(), torch.autograd.grad(loss, sr)[0]
 
@@ -178,26 +228,33 @@ def test_compiled_without_graph_breaks_it_gives_the_eager_value(name, build):
     torch.testing.assert_close(got[1], expected[1], rtol=1e-4, atol=1e-7)
 
 
+def test_compiled_on_a_small_network_it_gives_the_eager_value():
+    """The smoke test of the fast tier."""
+    criterion = MGHFLoss(inn=perturbed_inn(levels=1, couplings=1, hidden=4))
+    sr, gt = random_pair(1, 3, 16, 16)
+    torch._dynamo.reset()
+    compiled = torch.compile(criterion, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(sr, gt), criterion(sr, gt))
+
+
+@pytest.mark.compile
 def test_compiled_once_it_takes_images_of_any_size(build):
     criterion = build("MGHFLoss")
     torch._dynamo.reset()
     compiled = torch.compile(criterion, fullgraph=True, backend="aot_eager")
     for shape in ((2, 3, 32, 32), (2, 3, 40, 48), (1, 3, 37, 51), (3, 3, 24, 64)):
         sr, gt = random_pair(*shape)
-        torch.manual_seed(3)
         expected = criterion(sr, gt)
-        torch.manual_seed(3)
         torch.testing.assert_close(compiled(sr, gt), expected)
 
 
+@pytest.mark.compile
 @pytest.mark.filterwarnings("ignore")  # Inductor warns of this and that on machines without a GPU
 def test_compiled_with_inductor_it_gives_the_eager_value(build):
     criterion = build("MGHFLoss")
     sr, gt = random_pair()
     torch._dynamo.reset()
-    torch.manual_seed(3)
     expected = criterion(sr, gt)
-    torch.manual_seed(3)
     torch.testing.assert_close(torch.compile(criterion, fullgraph=True)(sr, gt), expected)
 
 
@@ -206,7 +263,6 @@ def test_reductions_agree(name, build):
     sr, gt = random_pair(3, 3, 24, 24)
 
     def value(reduction: str) -> Tensor:
-        torch.manual_seed(2)
         return build(name, reduction=reduction)(sr, gt)
 
     per_image = value("none")
@@ -220,7 +276,6 @@ def test_input_range_is_only_a_unit(name, build):
     sr, gt = random_pair()
 
     def value(criterion: nn.Module, scale: float, shift: float) -> Tensor:
-        torch.manual_seed(4)
         return criterion(sr * scale + shift, gt * scale + shift)
 
     expected = value(build(name), 1, 0)
@@ -230,7 +285,7 @@ def test_input_range_is_only_a_unit(name, build):
 
 def test_the_total_is_the_sum_of_coefficient_times_term(inn, tiny_dino):
     coefficients = {"content": 2.0, "style": 30.0, "correlation": 0.5, "patch_nce": 0.25, "dino_jsd": 4.0}
-    criterion = MGHFLoss(coefficients, inn=inn, dino=tiny_dino)
+    criterion = MGHFLoss(coefficients=coefficients, inn=inn, dino=tiny_dino)
     loss, terms = criterion(*random_pair(), return_terms=True)
     assert list(terms) == TERMS
     torch.testing.assert_close(loss, sum(coefficients[name] * value for name, value in terms.items()))
@@ -247,11 +302,76 @@ def test_precision_is_checked_and_on_a_cpu_always_float32(inn):
     sr, gt = random_pair()
     values = []
     for precision in ("fast", "high"):
-        torch.manual_seed(0)
         values.append(MGHFLoss(inn=inn, precision=precision)(sr, gt))
     assert torch.equal(*values)
-    with pytest.raises(ValueError, match=r"precision must be one of \('fast', 'high'\), got 'tf32'"):
+    with pytest.raises(ValueError, match="precision must be one of 'fast', 'high', got 'tf32'"):
         MGHFLoss(inn=inn, precision="tf32")
+
+
+def test_coefficients_are_changed_by_set_coefficients_alone(inn):
+    sr, gt = random_pair()
+    criterion = MGHFLoss(inn=inn)
+    criterion.set_coefficients(style=1200, patch_nce=0)
+    assert criterion.coefficients == {**COEFFICIENTS["paper"], "style": 1200.0, "patch_nce": 0.0}
+    torch.testing.assert_close(
+        criterion(sr, gt), MGHFLoss(coefficients={"style": 1200, "patch_nce": 0}, inn=inn)(sr, gt)
+    )
+    criterion.set_coefficients(patch_nce=0.008)  # back again
+    assert "patch_nce" in criterion(sr, gt, return_terms=True)[1]
+    assert COEFFICIENTS["paper"]["style"] == 600
+    with pytest.raises(TypeError, match="does not support item assignment"):
+        criterion.coefficients["style"] = 1
+    with pytest.raises(AttributeError, match=r"coefficients are read-only: use set_coefficients\(name=factor, ...\)"):
+        criterion.coefficients = {}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"contents": 1.0}, "unknown term contents; known are content, style"),
+        ({"style": -1.0}, r"coefficients\['style'\] must be a number of at least 0 and finite, got -1.0"),
+        ({"style": float("nan")}, r"coefficients\['style'\] must be .* got nan"),
+        ({"style": float("inf")}, r"coefficients\['style'\] must be .* got inf"),
+        ({"style": True}, r"coefficients\['style'\] must be .* got True"),
+        (dict.fromkeys(TERMS, 0.0), "all coefficients are 0"),
+        ({"dino_jsd": 1.0}, r"network of dino_jsd is not loaded, .* MGHFLoss\(coefficients=\{'dino_jsd': ...\}\)"),
+    ],
+)
+def test_changes_of_coefficients_are_checked(changes, message, inn):
+    criterion = MGHFLoss(inn=inn)
+    with pytest.raises(ValueError, match=message):
+        criterion.set_coefficients(**changes)
+    assert criterion.coefficients == COEFFICIENTS["paper"]
+
+
+@pytest.mark.parametrize("name", ["MGHFnLoss", "MGHFLoss", "DinoJSDLoss"])
+def test_features_of_a_cached_gt_are_not_those_of_a_replaced_network(name, build, tiny_dino):
+    criterion = build(name, cache_gt=True)
+    sr, gt = random_pair()
+    before = criterion(sr, gt)
+    frozen = criterion.network if name == "DinoJSDLoss" else criterion.inn
+    other = copy.deepcopy(frozen.network)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    frozen.network = other
+    after = criterion(sr, gt)
+    assert not torch.equal(after, before)
+    assert torch.equal(after, copy.deepcopy(criterion)(sr, gt))  # a copy's cache is empty
+    assert not list(criterion.parameters())
+
+
+@pytest.mark.parametrize("name", ["MGHFnLoss", "MGHFLoss", "DinoJSDLoss"])
+@pytest.mark.parametrize(("low", "high"), [(0, 255), (-1, 1), (0, 0.01)])
+def test_the_first_images_of_another_range_are_warned_of(name, low, high, build):
+    sr, gt = random_pair()
+    criterion = build(name)
+    with pytest.warns(UserWarning, match=r"the first GT has values from .* to .*, while input_range is \(0, 1\)"):
+        criterion(low + (high - low) * sr, low + (high - low) * gt)
+    criterion(low + (high - low) * sr, low + (high - low) * gt)  # and no other: warnings are errors here
+    build(name)(sr, gt)
+    if low < 0 or high > 1:
+        build(name, input_range=(low, high))(low + (high - low) * sr, low + (high - low) * gt)
 
 
 def test_a_term_with_coefficient_zero_is_not_computed(inn, monkeypatch):
@@ -260,7 +380,7 @@ def test_a_term_with_coefficient_zero_is_not_computed(inn, monkeypatch):
 
     for name in ("content", "style", "patch_nce"):
         monkeypatch.setattr(f"mghf_loss.terms.{name}", refuse)
-    criterion = MGHFLoss(only("correlation"), inn=inn)
+    criterion = MGHFLoss(coefficients=only("correlation"), inn=inn)
     assert list(criterion(*random_pair(), return_terms=True)[1]) == ["correlation"]
 
 
@@ -272,11 +392,11 @@ def test_mghfn_is_the_unweighted_content_over_levels(inn):
     torch.testing.assert_close(MGHFnLoss(inn=inn)(sr, gt), expected)
 
 
-def test_dense_is_what_sampling_every_place_gives(inn):
+def test_dense_is_what_sampling_every_location_gives(inn):
     sr, gt = random_pair()
     torch.testing.assert_close(
-        MGHFLoss(only("patch_nce"), inn=inn, patches=None)(sr, gt),
-        MGHFLoss(only("patch_nce"), inn=inn, patches=16 * 16)(sr, gt),
+        MGHFLoss(coefficients=only("patch_nce"), inn=inn, patches=None)(sr, gt),
+        MGHFLoss(coefficients=only("patch_nce"), inn=inn, patches=16 * 16)(sr, gt),
     )
 
 
@@ -389,6 +509,12 @@ def test_heatmaps_of_half_precision_lose_nothing(build):
     torch.testing.assert_close(criterion.heatmap(sr, gt), criterion.heatmap(sr.float(), gt.float()))
 
 
+def nested(image: Tensor) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a prototype
+        return torch.nested.nested_tensor(list(image))
+
+
 IMAGE = torch.rand(1, 3, 16, 16)
 BAD_INPUTS: dict[str, tuple[object, object, type[Exception], str]] = {
     "other shape": (IMAGE, torch.rand(1, 3, 16, 24), ValueError, r"sr \(1, 3, 16, 16\) and gt \(1, 3, 16, 24\)"),
@@ -399,6 +525,8 @@ BAD_INPUTS: dict[str, tuple[object, object, type[Exception], str]] = {
     "uint8": ((IMAGE * 255).byte(), IMAGE, TypeError, r"sr must be a floating-point tensor, got torch.uint8"),
     "complex": (IMAGE, IMAGE + 0j, TypeError, r"gt must be a floating-point tensor, got torch.complex64"),
     "numpy": (IMAGE.numpy(), IMAGE, TypeError, r"sr must be a torch.Tensor, got ndarray"),
+    "sparse": (IMAGE.to_sparse(), IMAGE, TypeError, "sr must be a dense tensor, got torch.sparse_coo"),
+    "nested": (nested(IMAGE), IMAGE, TypeError, "sr must be a dense tensor, got a nested tensor"),
     "empty batch": (IMAGE[:0], IMAGE[:0], ValueError, r"at least one image, got shape \(0, 3, 16, 16\)"),
     "other device": (IMAGE, IMAGE.to("meta"), ValueError, "got sr on cpu and gt on meta"),
     "swapped": (
@@ -436,10 +564,21 @@ def test_options_of_another_type_are_refused_by_name(options, message, inn):
         MGHFLoss(**{"inn": inn, **options})
 
 
+@pytest.mark.parametrize("patches", [np.int64(64), np.int32(64)])
+def test_numpys_integers_are_integers(patches, inn):
+    assert torch.equal(MGHFLoss(inn=inn, patches=patches)(IMAGE, IMAGE), MGHFLoss(inn=inn, patches=64)(IMAGE, IMAGE))
+
+
+def test_a_mapping_in_the_place_of_the_preset_is_named():
+    with pytest.raises(TypeError, match=r"write MGHFLoss\(coefficients=\{'style': 1\}\)"):
+        MGHFLoss({"style": 1})
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"coefficients": {"contents": 1.0}}, "unknown term contents .* known are content, style"),
+        ({"preset": "best"}, "preset must be one of 'paper', got 'best'"),
+        ({"coefficients": {"contents": 1.0}}, "unknown term contents; known are content, style"),
         ({"coefficients": {"style": -1.0}}, r"coefficients\['style'\] must be .* got -1.0"),
         ({"coefficients": {"style": float("nan")}}, r"coefficients\['style'\] must be .* got nan"),
         ({"coefficients": {"style": True}}, r"coefficients\['style'\] must be .* got True"),
@@ -448,7 +587,11 @@ def test_options_of_another_type_are_refused_by_name(options, message, inn):
         ({"patches": 1}, "patches must be .* got 1"),
         ({"patches": True}, "patches must be .* got True"),
         ({"modulation": "soft"}, "modulation must be one of .* got 'soft'"),
-        ({"prune": 1.0}, r"prune must be a fraction in \[0, 1\), got 1.0"),
+        ({"temperature": 0.0}, "temperature must be .* above 0 .* got 0.0"),
+        ({"temperature": float("inf")}, "temperature must be .* got inf"),
+        ({"temperature": float("nan")}, "temperature must be .* got nan"),
+        ({"temperature": True}, "temperature must be .* got True"),
+        ({"prune": 1.0}, "prune must be a number of at least 0 and below 1, got 1.0"),
         ({"prune": -0.1}, "prune must be .* got -0.1"),
         ({"reduction": "max"}, "reduction must be one of .* got 'max'"),
         ({"input_range": (1, 0)}, r"black < white, got \(1, 0\)"),
