@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from collections.abc import Callable
 
@@ -362,16 +363,29 @@ def test_features_of_a_cached_gt_are_not_those_of_a_replaced_network(name, build
 
 
 @pytest.mark.parametrize("name", ["MGHFnLoss", "MGHFLoss", "DinoJSDLoss"])
-@pytest.mark.parametrize(("low", "high"), [(0, 255), (-1, 1), (0, 0.01)])
-def test_the_first_images_of_another_range_are_warned_of(name, low, high, build):
-    sr, gt = random_pair()
-    criterion = build(name)
-    with pytest.warns(UserWarning, match=r"the first GT has values from .* to .*, while input_range is \(0, 1\)"):
-        criterion(low + (high - low) * sr, low + (high - low) * gt)
-    criterion(low + (high - low) * sr, low + (high - low) * gt)  # and no other: warnings are errors here
-    build(name)(sr, gt)
-    if low < 0 or high > 1:
-        build(name, input_range=(low, high))(low + (high - low) * sr, low + (high - low) * gt)
+@pytest.mark.parametrize(
+    ("images", "input_range", "wrong"),
+    [
+        ((0, 1), (0, 1), False),
+        ((-1, 1), (-1, 1), False),
+        ((0, 255), (0, 255), False),
+        ((0, 255), (0, 1), True),
+        ((-1, 1), (0, 1), True),
+        ((0, 0.01), (0, 1), True),
+        ((0, 1), (0, 255), True),
+        ((0, 1), (-1, 1), True),
+    ],
+)
+def test_the_first_images_of_another_range_are_warned_of(name, images, input_range, wrong, build):
+    criterion = build(name, input_range=input_range)
+    sr, gt = (images[0] + (images[1] - images[0]) * image for image in random_pair())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            criterion(sr, gt)
+    messages = [str(warning.message) for warning in caught]
+    assert len(messages) == wrong
+    assert all(re.match(r"the first GT has values from .* to .*, while input_range is \(", text) for text in messages)
 
 
 def test_a_term_with_coefficient_zero_is_not_computed(inn, monkeypatch):

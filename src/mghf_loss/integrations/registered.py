@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from .. import _checks, dino, mghf, terms
 from ..criterion import Criterion
 
-
 LOSSES: tuple[type[Criterion], ...] = (mghf.MGHFLoss, mghf.MGHFnLoss, dino.DinoJSDLoss)
 
 
