@@ -53,7 +53,7 @@ from torch import Tensor, nn
 from mghf_loss import HighFrequencyINN, INNConfig, MGHFLoss, checkpoints
 from mghf_loss._files import format_table, write_atomically, write_table
 from mghf_loss.demo import MGHF_WEIGHT
-from mghf_loss.mghf import DEFAULT_COEFFICIENTS
+from mghf_loss.mghf import COEFFICIENTS
 from mghf_loss.toy import SmallSR, downscale, upscale
 from mghf_loss.training.loop import TrainConfig, train_inn
 from mghf_loss.training.objective import add_noise, code_length
@@ -161,7 +161,7 @@ def describe(settings: Settings, name: str) -> None:
             "parameters": sum(parameter.numel() for parameter in network.parameters()),
             "code_length": held_out_code_length(network, photographs(settings.val), settings.device),
             "cost_ratio": cost_ratio(network.config),
-            "coefficients": {term: DEFAULT_COEFFICIENTS[term] * wanted[term] / norms[term] for term in norms},
+            "coefficients": {term: COEFFICIENTS["paper"][term] * wanted[term] / norms[term] for term in norms},
             "settings": {key: value for key, value in settings.identity().items() if key != "sr_steps"},
         },
     )
@@ -216,7 +216,7 @@ def train_and_judge(settings: Settings, name: str, seed: int) -> None:
     criterion = None
     if name != REFERENCE:
         coefficients = read_json(settings.candidate_file(name))["coefficients"]
-        criterion = MGHFLoss(coefficients, inn=settings.network(name)).to(settings.device)
+        criterion = MGHFLoss(coefficients=coefficients, inn=settings.network(name)).to(settings.device)
     model = train_sr(photographs(settings.train), criterion, settings.sr_steps, seed, settings.device)
     gts = [unit_range(image, settings.device) for image in photographs(settings.val)]
     with torch.no_grad():
@@ -279,7 +279,7 @@ def load_runs(out: Path) -> list[dict[str, Any]]:
                 **{name: candidate["config"].get(name, "") for name in asdict(BASE)},
                 **{name: candidate.get(name, "") for name in ("parameters", "code_length", "cost_ratio")},
                 **{name: run["metrics"].get(name, "") for name in METRICS},
-                **{f"c_{name}": candidate["coefficients"].get(name, "") for name in DEFAULT_COEFFICIENTS},
+                **{f"c_{name}": candidate["coefficients"].get(name, "") for name in COEFFICIENTS["paper"]},
                 "inn_steps": run["settings"]["inn_steps"],
                 "sr_steps": run["settings"]["sr_steps"],
                 "device": run["device"],
@@ -321,7 +321,7 @@ def print_coefficients(settings: Settings, names: Iterable[str]) -> None:
         table.append(
             {
                 "candidate": name,
-                **{term: f"{c:.3g} (x{c / DEFAULT_COEFFICIENTS[term]:.2f})" for term, c in coefficients.items()},
+                **{term: f"{c:.3g} (x{c / COEFFICIENTS['paper'][term]:.2f})" for term, c in coefficients.items()},
             }
         )
     print("coefficients of equal gradient budget (times the default)")

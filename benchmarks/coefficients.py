@@ -20,7 +20,7 @@ from tqdm import trange
 
 import mghf_loss
 from mghf_loss._files import write_table
-from mghf_loss.mghf import DEFAULT_COEFFICIENTS
+from mghf_loss.mghf import COEFFICIENTS
 from mghf_loss.toy import downscale, upscale
 from mghf_loss.training.data import Cropping, FolderCrops, list_images
 
@@ -47,8 +47,8 @@ def main() -> None:
     options = parser.parse_args()
 
     torch.manual_seed(0)
-    terms = [name for name in DEFAULT_COEFFICIENTS if name != "dino_jsd"]
-    criterion = mghf_loss.MGHFLoss(dict.fromkeys(terms, 1.0))
+    terms = [name for name in COEFFICIENTS["paper"] if name != "dino_jsd"]
+    criterion = mghf_loss.MGHFLoss(coefficients=dict.fromkeys(terms, 1.0))
     crops = FolderCrops(list_images(options.images), Cropping(options.crop, least_scale=1.0))
     collected: dict[str, list[Tensor]] = {name: [] for name in ["l1", *terms]}
     for start in trange(0, options.crops, 8, desc="gradient norms", unit="batch"):
@@ -61,7 +61,7 @@ def main() -> None:
     l1 = torch.cat(collected["l1"]).median().item()
     for name, norms in collected.items():
         p10, median, p90 = torch.cat(norms).quantile(torch.tensor([0.1, 0.5, 0.9])).tolist()
-        coefficient = DEFAULT_COEFFICIENTS.get(name, 1.0)
+        coefficient = COEFFICIENTS["paper"].get(name, 1.0)
         product = coefficient * median
         print(
             f"{name:<12}{p10:>11.3g}{median:>11.3g}{p90:>11.3g}{coefficient:>13.4g}{product:>11.3g}{product / l1:>8.2f}"

@@ -55,7 +55,7 @@ from mghf_loss._files import format_table, write_atomically, write_table
 from mghf_loss.criterion import Memory
 from mghf_loss.dino import DEFAULT_MODEL
 from mghf_loss.frozen import Frozen
-from mghf_loss.mghf import DEFAULT_COEFFICIENTS
+from mghf_loss.mghf import COEFFICIENTS
 from mghf_loss.toy import SmallSR, downscale
 
 OURS = "mghf-loss"
@@ -84,7 +84,9 @@ def with_gradient(loss: nn.Module, sr: Tensor, gt: Tensor) -> Tensor:
 
 def content_and(inn: str, *terms: str) -> nn.Module:
     """MGHFLoss with the content term and `terms` alone, at their default coefficients."""
-    return MGHFLoss({name: 0.0 for name in DEFAULT_COEFFICIENTS if name not in {"content", *terms}}, inn=inn)
+    return MGHFLoss(
+        coefficients={name: 0.0 for name in COEFFICIENTS["paper"] if name not in {"content", *terms}}, inn=inn
+    )
 
 
 def dino(memory: Memory = "normal") -> nn.Module:

@@ -79,7 +79,7 @@ def plain_statistics(sr: Tensor, gt: Tensor) -> Tensor:
     return content + style + (1 - r).mean()
 
 
-def fused_patch_nce(sr: Tensor, gt: Tensor, modulation: str, tolerance: float) -> Tensor:
+def fused_patch_nce(sr: Tensor, gt: Tensor, modulation: terms.Modulation, tolerance: float) -> Tensor:
     return patch_nce(sr, gt, modulation=modulation, tolerance=tolerance).mean()
 
 

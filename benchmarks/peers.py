@@ -18,7 +18,7 @@ from metrics import efficientnet_maps
 from torch import Tensor, nn
 
 from mghf_loss import DinoJSDLoss, MGHFLoss, MGHFnLoss
-from mghf_loss.mghf import DEFAULT_COEFFICIENTS
+from mghf_loss.mghf import COEFFICIENTS
 
 Loss = Callable[[Tensor, Tensor, torch.Generator], Tensor]
 DCT_BLOCK = 8
@@ -47,8 +47,8 @@ def similarity(build: Callable[..., nn.Module], device: str, **options: Any) -> 
 
 def coefficients(options: Mapping[str, Any]) -> dict[str, float]:
     """All coefficients of a `mghf` with these options."""
-    times = {term: DEFAULT_COEFFICIENTS[term] * factor for term, factor in options.get("times", {}).items()}
-    return {**DEFAULT_COEFFICIENTS, **options.get("coefficients", {}), **times}
+    times = {term: COEFFICIENTS["paper"][term] * factor for term, factor in options.get("times", {}).items()}
+    return {**COEFFICIENTS["paper"], **options.get("coefficients", {}), **times}
 
 
 def mghf(device: str, dense: bool = False, **options: Any) -> Loss:

@@ -40,6 +40,8 @@ class Hub:
         self.requests: list[tuple[str, str]] = []
         self._repositories: dict[tuple[str, str], dict[str, bytes]] = {}
         self._held: dict[str, int] = {}
+        self._failing: dict[str, tuple[int, str]] = {}
+        self._over = threading.Event()
         self._arrival = threading.Condition()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
@@ -50,6 +52,7 @@ class Hub:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._over.set()
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
@@ -65,6 +68,10 @@ class Hub:
     def hold(self, repo: str, file: str, heads: int) -> None:
         """Answer no GET of the file before so many HEADs of it: as many clients have to be loading it at once."""
         self._held[f"/{repo}/resolve/main/{file}"] = heads
+
+    def fail(self, repo: str, status: int, code: str = "") -> None:
+        """Answer every request about the repository with this status and error code; with status 0 do not answer."""
+        self._failing[repo] = status, code
 
     def count(self, method: str, repo: str, file: str, revision: str = "main") -> int:
         """Return how often the file was asked for."""
@@ -84,6 +91,11 @@ class Hub:
         return self._serve(**{key: unquote(value) for key, value in match.groupdict().items()}) if match else _error("")
 
     def _serve(self, repo: str, revision: str, file: str) -> tuple[int, dict[str, str], bytes]:
+        if repo in self._failing:
+            status, code = self._failing[repo]
+            if not status:
+                self._over.wait()
+            return _error(code, status=status)
         if repo not in {name for name, _ in self._repositories}:
             return _error("RepoNotFound")
         if (repo, revision) not in self._repositories:
@@ -115,8 +127,8 @@ class Hub:
         return _json({"commitOid": oid, "commitUrl": f"{self.url}/{match['repo']}/commit/{oid}", "success": True})
 
 
-def _error(code: str, headers: Mapping[str, str] | None = None) -> tuple[int, dict[str, str], bytes]:
-    return 404, {**(headers or {}), **({"X-Error-Code": code} if code else {})}, b""
+def _error(code: str, headers: Mapping[str, str] | None = None, status: int = 404) -> tuple[int, dict[str, str], bytes]:
+    return status, {**(headers or {}), **({"X-Error-Code": code} if code else {})}, b""
 
 
 def _json(value: object) -> tuple[int, dict[str, str], bytes]:
@@ -167,6 +179,7 @@ class Client:
             "HF_HOME": str(home),
             "HF_HUB_OFFLINE": str(int(offline)),
             "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_HUB_ETAG_TIMEOUT": "5",
             "OMP_NUM_THREADS": "1",
         }
         self._requests = requests
@@ -219,6 +232,19 @@ def _inn(name: str) -> str:
     return fingerprint(HighFrequencyINN.from_pretrained(name))
 
 
+def _damaged_cache(name: str) -> str:
+    """Load a network that was flipped by a bit after it had been downloaded."""
+    from huggingface_hub import hf_hub_download
+
+    _inn(name)
+    repo, _, revision = name.partition("@")
+    cached = Path(hf_hub_download(repo, "model.safetensors", revision=revision or None)).resolve()
+    data = bytearray(cached.read_bytes())
+    data[-1] ^= 1
+    cached.write_bytes(data)
+    return _inn(name)
+
+
 def _push(source: str, target: str) -> str:
     from mghf_loss import HighFrequencyINN
 
@@ -257,7 +283,14 @@ def _imports_timm(inn: str) -> bool:
     return "timm" in sys.modules
 
 
-OUTCOMES = {"inn": _inn, "push": _push, "dino": _dino, "imports_timm": _imports_timm, "python": _python}
+OUTCOMES = {
+    "inn": _inn,
+    "damaged_cache": _damaged_cache,
+    "push": _push,
+    "dino": _dino,
+    "imports_timm": _imports_timm,
+    "python": _python,
+}
 
 
 def main() -> None:

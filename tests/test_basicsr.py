@@ -82,7 +82,7 @@ dataset = build_dataset(data_opt)
 sampler = EnlargedSampler(dataset, 1, 0, 1)
 loader = build_dataloader(dataset, data_opt, num_gpu=0, dist=False, sampler=sampler, seed=0)
 network = build_network(opt["network_g"])
-first, second = MGHFLoss({"patch_nce": 0.0}), MGHFLoss()
+first, second = MGHFLoss(coefficients={"patch_nce": 0.0}), MGHFLoss()
 optimiser = torch.optim.Adam(network.parameters(), 1e-3, betas=(0.9, 0.99))
 rows = []
 for epoch in range(3):

@@ -5,7 +5,6 @@ pytest tests/test_cuda.py, or, where there is no pytest, python tests/test_cuda.
 
 from __future__ import annotations
 
-import importlib
 import os
 import warnings
 from itertools import product
@@ -21,7 +20,6 @@ try:
 except ModuleNotFoundError:
     pytest = None
 
-formula = importlib.import_module("mghf_loss.ops.patch_nce")
 DEVICE = "cuda"
 reason = None
 if not torch.cuda.is_available():

@@ -88,7 +88,7 @@ def test_images_are_resized_to_the_nearest_multiple_of_the_patch(size, resized, 
     ("options", "message"),
     [
         ({"tokens": "all"}, "tokens must be one of .* got 'all'"),
-        ({"temperature": 0.0}, "temperature must be positive, got 0.0"),
+        ({"temperature": 0.0}, "temperature must be a finite number above 0, got 0.0"),
         ({"reduction": "max"}, "reduction must be one of .* got 'max'"),
         ({"model": torch.nn.Linear(2, 2)}, "model must be a timm vision transformer, got Linear"),
     ],

@@ -146,7 +146,8 @@ def test_the_one_step_student_has_the_losses_by_hand_through_a_frozen_decoder(mo
     monkeypatch.setattr(example, "train_autoencoder", lambda *given: trained.append(train(*given)) or trained[-1])
     few = ["--autoencoder-steps", "3"]
     low, normal = main("one_step_diffusion", *few), main("one_step_diffusion", *few, "--memory", "normal")
-    assert low == normal
+    for name in ("latent", "mghf"):  # a rounding error in SR may choose other locations
+        assert figures(low, name) == pytest.approx(figures(normal, name), rel=1e-4)
     assert [options["memory"] for options in built] == ["low", "normal"]
 
     torch.manual_seed(0)
@@ -165,7 +166,7 @@ def test_the_one_step_student_has_the_losses_by_hand_through_a_frozen_decoder(mo
         z = start - student(torch.cat((start, condition), 1))
         latent, mghf = F.mse_loss(z, autoencoder.encode(gt)), criterion(autoencoder.decode(z), gt, generator=places)
         assert figures(low, "latent")[step] == pytest.approx(latent.item(), abs=2e-5)
-        assert figures(low, "mghf")[step] == pytest.approx(mghf.item(), abs=2e-5)
+        assert figures(low, "mghf")[step] == pytest.approx(mghf.item(), rel=1e-4)
         optimiser.zero_grad()
         (latent + 0.05 * mghf).backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), 0.2)
@@ -178,7 +179,7 @@ def test_a_compiled_training_step_has_the_values_of_an_eager_one():
     """Model, loss, backward pass and optimiser: the whole step is what a user compiles."""
     torch.compiler.reset()
     gt = torch.rand(2, 3, 32, 32)
-    criterion = MGHFLoss({"patch_nce": 0})  # random places differ under a compiler
+    criterion = MGHFLoss(coefficients={"patch_nce": 0})  # random places differ under a compiler
 
     def losses(compiled: bool) -> list[float]:
         torch.manual_seed(0)

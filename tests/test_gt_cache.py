@@ -25,7 +25,7 @@ def build(inn, tiny_dino):
             return MGHFnLoss(inn, cache_gt=cache_gt)
         if name == "DinoJSDLoss":
             return DinoJSDLoss(tiny_dino, cache_gt=cache_gt)
-        return MGHFLoss({"patch_nce": 0.0, "dino_jsd": 1.0}, inn, dino=tiny_dino, cache_gt=cache_gt)
+        return MGHFLoss(coefficients={"patch_nce": 0.0, "dino_jsd": 1.0}, inn=inn, dino=tiny_dino, cache_gt=cache_gt)
 
     return build
 

@@ -28,7 +28,6 @@ FLOORS = {
     "_gt_cache": 1,
     "checkpoints": 1,
     "frozen": 0,
-    "ops.precision": 0,
     "ops.statistics": 1,
     "ops.nce": 2,
     "ops.statistics_triton": 2,

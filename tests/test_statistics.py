@@ -134,6 +134,7 @@ def test_opcheck(gram, keep, layout):
 INDUCTOR = pytest.param("inductor", marks=pytest.mark.skipif(which("c++") is None, reason="needs a C++ compiler"))
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit")  # inductor's own use of it, in torch 2.11
 @pytest.mark.parametrize("backend", ["aot_eager", INDUCTOR])  # inductor asserts the strides that the fakes promise
 def test_compiles_without_graph_breaks(backend):
     sr, gt = (level.contiguous(memory_format=torch.channels_last) for level in levels(dtype=torch.float32))
@@ -198,7 +199,7 @@ def test_a_second_derivative_is_refused():
     sr, gt = levels()
     sr.requires_grad_()
     (gradient,) = torch.autograd.grad(second_order_statistics(sr, gt).covariance.sum(), sr, create_graph=True)
-    with pytest.raises(RuntimeError, match="no autograd formula"):
+    with pytest.raises(NotImplementedError, match="no second derivative"):
         torch.autograd.grad(gradient.sum(), sr)
 
 

@@ -10,7 +10,7 @@ import torch
 from scipy.stats import entropy
 
 from mghf_loss import terms
-from mghf_loss.terms import channel_entropy, entropy_channel_weights, random_locations
+from mghf_loss.terms import channel_entropy, entropy_channel_weights
 
 
 def levels(batch: int = 2, channels: int = 5, size: tuple[int, int] = (6, 7)) -> tuple[torch.Tensor, torch.Tensor]:
@@ -124,25 +124,6 @@ def test_an_unknown_reduction_is_refused(term):
 def test_levels_of_different_shape_are_refused(term):
     with pytest.raises(ValueError, match=r"\(1, 3, 4, 4\) and \(1, 3, 4, 5\)"):
         term(torch.rand(1, 3, 4, 4), torch.rand(1, 3, 4, 5))
-
-
-@pytest.mark.parametrize("term", [terms.content, terms.style, terms.correlation, terms.patch_nce])
-@pytest.mark.parametrize("shape", [(2, 1), (1, 5), (5,), (2, 5, 1), (2, 6)])
-def test_channel_weights_of_another_shape_are_refused(term, shape):
-    with pytest.raises(ValueError, match=rf"channel_weights must have shape \(B, C\) = \(2, 5\), got \({shape[0]},"):
-        term(*levels(), torch.ones(shape))
-
-
-def test_random_locations_are_distinct_uniform_and_follow_from_the_seed():
-    seeds = torch.arange(400)
-    locations = random_locations(seeds, 64, 16)
-    assert torch.equal(locations, random_locations(seeds, 64, 16))
-    assert all(len(set(row.tolist())) == 16 for row in locations)
-    assert 0 <= locations.min() <= locations.max() < 64
-    counts = locations.flatten().bincount(minlength=64)  # 100 expected, standard deviation 9
-    assert 60 < counts.min() <= counts.max() < 140
-    assert len({tuple(sorted(row.tolist())) for row in locations}) == 400
-    assert random_locations(seeds, 16, 16) is random_locations(seeds, 16, None) is None
 
 
 def test_entropy_is_scipys_of_numpys_histogram():

@@ -27,8 +27,8 @@ def number(name: str, value: Any, *, least: float = 0.0, below: float = math.inf
     """Return `value` as a float if it is a number in [least, below), or in (least, below) with `above`."""
     if not _is_number(value, Real) or not (least < value if above else least <= value) or not value < below:
         low = f"above {least:g}" if above else f"of at least {least:g}"
-        high = "finite" if below == math.inf else f"below {below:g}"
-        raise ValueError(f"{name} must be a number {low} and {high}, got {value!r}{_hint(value)}")
+        kind, high = ("finite number", "") if below == math.inf else ("number", f" and below {below:g}")
+        raise ValueError(f"{name} must be a {kind} {low}{high}, got {value!r}{_hint(value)}")
     return float(value)
 
 
@@ -100,18 +100,14 @@ def image(name: str, value: Any, least_size: int = 1) -> None:
         raise ValueError(f"{name} must be at least {least_size} x {least_size}, got shape {shape}")
 
 
-def pair(sr: Any, gt: Any, *, least_size: int = 1, device: torch.device | None = None) -> None:
-    """Raise unless `sr` and `gt` are images of one shape on one device, the loss's `device`, and not swapped."""
+def pair(sr: Any, gt: Any, least_size: int = 1) -> None:
+    """Raise unless `sr` and `gt` are images of one shape on one device, and not swapped."""
     image("sr", sr, least_size)
     image("gt", gt, least_size)
     if sr.shape != gt.shape:
         raise ValueError(f"sr and gt must have the same shape, got sr {tuple(sr.shape)} and gt {tuple(gt.shape)}")
     if sr.device != gt.device:
         raise ValueError(f"sr and gt must be on the same device, got sr on {sr.device} and gt on {gt.device}")
-    if device is not None and sr.device != device:
-        raise ValueError(
-            f"sr and gt are on {sr.device}, the loss is on {device}: move it once with criterion.to({str(sr.device)!r})"
-        )
     if torch.is_grad_enabled() and gt.requires_grad and not sr.requires_grad:
         raise ValueError(
             "gt requires a gradient and sr does not, but gradient flows to sr alone: are the two swapped? "
@@ -133,11 +129,11 @@ def levels(sr_level: Tensor, gt_level: Tensor, channel_weights: Tensor | None) -
 
 
 def warn_of_range(gt: Tensor, black: float, white: float) -> None:
-    """Warn where `gt` leaves [black, white] by 5 %, hardly leaves black, or has nothing below 0 where it may."""
+    """Warn where `gt` leaves [black, white] by 5 %, stays below 1 of 255, or has nothing below 0 where it may."""
     low, high = (bound.item() for bound in gt.detach().aminmax())
     unit = white - black
     outside = low < black - 0.05 * unit or high > white + 0.05 * unit
-    if outside or high < black + 0.02 * unit or low >= 0 > black:
+    if outside or (unit > 2 and high < black + 0.02 * unit) or low >= 0 > black:
         warnings.warn(
             f"the first GT has values from {low:.4g} to {high:.4g}, while input_range is ({black:g}, {white:g}): "
             "unless these images are meant to be so, set input_range to what the data set gives",

@@ -3,33 +3,49 @@
 from __future__ import annotations
 
 import csv
-import os
-import tempfile
+import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 import torch
 from torch import Tensor
 
+try:
+    import fcntl
+except ImportError:  # Windows, where temporary files of killed programs stay
+    fcntl = None
+
 if TYPE_CHECKING:
     from PIL import Image
 
+TEMPORARY = ".mghf-partial-"
+
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Call `write` with a temporary file beside `path`, then move it there: a kill leaves the old or the new."""
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
+    """Call `write` with a temporary file beside `path`, then move it there: a kill leaves the old or the new.
+
+    The next write into the folder removes the temporary file that a kill leaves.
+    """
+    if fcntl is not None:
+        for abandoned in path.parent.glob(f"{TEMPORARY}*"):
+            with suppress(OSError), abandoned.open("rb") as file:  # gone, or its writer has the lock
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                abandoned.unlink()
+    temporary = path.with_name(f"{TEMPORARY}{secrets.token_hex(8)}{path.suffix}")
+    file = temporary.open("xb")  # as a plain open does, for the same permissions
     try:
-        write(Path(temporary))
-        # mkstemp makes files private; the result gets the permissions that a plain open would have given.
-        umask = os.umask(0)
-        os.umask(umask)
-        Path(temporary).chmod(0o666 & ~umask)
-        Path(temporary).replace(path)
+        if fcntl is None:
+            file.close()  # Windows moves no open file
+        else:
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(file, fcntl.LOCK_EX)
+        write(temporary)
+        temporary.replace(path)
     finally:
-        Path(temporary).unlink(missing_ok=True)
+        file.close()
+        temporary.unlink(missing_ok=True)
 
 
 def write_table(path: Path, table: Sequence[Mapping[str, object]]) -> None:

@@ -40,8 +40,10 @@ class Bottleneck(nn.Sequential):
         mode = "reflect" if min(input.shape[-2:]) > 1 else "replicate"
         padded = F.pad(input, (1, 1, 1, 1), mode=mode)
         parameters = tuple(self.parameters())
-        if padded.requires_grad and not any(parameter.requires_grad for parameter in parameters):
-            return _FrozenBottleneck.apply(padded, *parameters)  # type: ignore[return-value]
+        frozen = padded.requires_grad and not any(parameter.requires_grad for parameter in parameters)
+        # A trace holds no functions of Python.
+        if frozen and not torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
+            return _FrozenBottleneck.apply(padded, *parameters)[0]  # type: ignore[index]
         if self.training and self.training_dtype is not None:
             with torch.autocast(padded.device.type, self.training_dtype):
                 return super().forward(padded).to(input.dtype)
@@ -55,25 +57,33 @@ class _FrozenBottleneck(torch.autograd.Function):
     the memory, and most of what a loss keeps.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, *parameters: Tensor) -> Tensor:
+    def forward(x: Tensor, *parameters: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         w1, b1, w2, b2, w3, b3 = parameters
         hidden = F.conv2d(x, w1, b1).relu_()
         first = hidden.bool()  # ReLU leaves no negative values; several times as fast as hidden > 0
-        hidden = F.conv2d(hidden, w2, b2, groups=len(w2)).relu_()
+        hidden = F.conv2d(hidden, w2, b2, groups=w2.shape[0]).relu_()
         second = hidden.bool()
         # A product with uint8 is vectorised on a CPU, with bool it is not.
-        ctx.save_for_backward(first.view(torch.uint8), second.view(torch.uint8), w1, w2, w3)
-        return F.conv2d(hidden, w3, b3)
+        return F.conv2d(hidden, w3, b3), first.view(torch.uint8), second.view(torch.uint8)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.set_materialize_grads(False)  # no zeros for the masks
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(*output[1:], *inputs[1::2])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         first, second, w1, w2, w3 = ctx.saved_tensors
-        # The transpose of a convolution: channels swapped, taps flipped, full padding.
-        gradient = F.conv2d(gradients[0], w3.transpose(0, 1)).mul_(second)
-        gradient = F.conv2d(gradient, w2.flip(-2, -1), padding=2, groups=len(w2)).mul_(first)
-        return F.conv2d(gradient, w1.transpose(0, 1)), *[None] * 6
+        with torch.autocast(first.device.type, enabled=False):  # the caller's, where backward() is inside
+            # The transpose of a convolution: channels swapped, taps flipped, full padding.
+            gradient = F.conv2d(gradients[0], w3.transpose(0, 1)).mul_(second)
+            gradient = F.conv2d(gradient, w2.flip(-2, -1), padding=2, groups=w2.shape[0]).mul_(first)
+            return F.conv2d(gradient, w1.transpose(0, 1)), *[None] * 6
 
 
 class ChannelMixing(InvertibleModule):
@@ -92,8 +102,8 @@ class ChannelMixing(InvertibleModule):
     ) -> None:
         super().__init__(dims_in, dims_c)
         channels = self.dims_in[0][0]
-        rotation = nn.init.orthogonal_(torch.empty(channels, channels))
-        self.matrix = nn.Parameter(gain * rotation, requires_grad=learned)
+        rotation = nn.init.orthogonal_(torch.empty(channels, channels, dtype=torch.float32))  # no QR in half precision
+        self.matrix = nn.Parameter((gain * rotation).to(torch.get_default_dtype()), requires_grad=learned)
 
     def forward(
         self,

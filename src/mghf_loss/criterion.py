@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import _checks, terms
-from .frozen import Frozen
 
 Memory = Literal["normal", "low"]
 
@@ -76,10 +75,6 @@ class Criterion(nn.Module, ABC):
             raise ValueError("all coefficients are 0: there is nothing to compute")
         self._coefficients = merged
 
-    @abstractmethod
-    def _frozen(self) -> Frozen[Any]:
-        """Return one of the frozen networks, which says where the loss is."""
-
     def _is_available(self, term: str) -> bool:
         """Whether the network that `term` needs is there."""
         return True
@@ -91,11 +86,13 @@ class Criterion(nn.Module, ABC):
     def term_values(self, sr: Tensor, gt: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """Unweighted terms by name and per image (B,), differentiable in `sr`; arguments as in `forward`."""
         _checks.generator(generator)
-        _checks.pair(sr, gt, least_size=self.least_size, device=self._frozen().device)
-        if not self._has_seen_gt and not torch.compiler.is_compiling():
+        _checks.pair(sr, gt, self.least_size)
+        values = self._terms(sr, gt, generator)
+        is_traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+        if not self._has_seen_gt and not is_traced:  # inside vmap, images have no values that can be looked at
             self._has_seen_gt = True
             _checks.warn_of_range(gt, *self.input_range)
-        return self._terms(sr, gt, generator)
+        return values
 
     @overload
     def forward(

@@ -49,7 +49,7 @@ def run_demo(out: Path, steps: int, seed: int, device: str) -> list[dict[str, ob
     table = [_judge(name, srs, list(unseen.values()), criterion) for name, srs in images.items()]
     write_table(out / "table.csv", table)
     _plot_crops(out / "crops.png", images, list(unseen.values()))
-    _plot_terms(out / "terms.png", runs, criterion)
+    _plot_terms(out / "terms.png", runs)
     return table
 
 
@@ -141,11 +141,11 @@ def _plot_crops(path: Path, images: dict[str, list[Tensor]], gts: list[Tensor]) 
     plt.close(figure)
 
 
-def _plot_terms(path: Path, runs: list[Run], criterion: MGHFLoss) -> None:
+def _plot_terms(path: Path, runs: list[Run]) -> None:
     """Every term on the unseen photographs against training steps, one line a run."""
     from matplotlib import pyplot as plt
 
-    names = list(criterion.coefficients)
+    names = list(runs[0].terms[0])
     figure, axes = plt.subplots(1, len(names), figsize=(3.4 * len(names), 3), layout="constrained")
     for axis, name in zip(axes, names, strict=True):
         for run in runs:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 
 from . import _checks, terms
 from ._gt_cache import GTCache
-from .checkpoints import CheckpointError, download_failure
+from .checkpoints import CheckpointError, check_revision, download_command, download_failure
 from .criterion import Criterion, Memory, rescale
 from .frozen import Frozen
 
@@ -71,23 +73,20 @@ class DinoJSDLoss(Criterion):
         self.temperature = _checks.number("temperature", temperature, above=True)
         _checks.one_of("memory", memory, Memory)
         self.gt_embedding: GTCache[Tensor] = GTCache(cache_gt)
-        network = _load_dino(model) if isinstance(model, str) else model
-        if memory == "low":  # otherwise a ready model's own setting stays
-            network.set_grad_checkpointing()  # type: ignore[operator]
-        self.network = Frozen(TokenEmbedding(network, tokens))
-
-    def _frozen(self) -> Frozen[Any]:
-        return self.network
+        with _ordinary_construction():
+            network = _load_dino(model) if isinstance(model, str) else model
+            if memory == "low":  # otherwise a ready model's own setting stays
+                network.set_grad_checkpointing()  # type: ignore[operator]
+            self.network = Frozen(TokenEmbedding(network, tokens))
 
     def _terms(self, sr: Tensor, gt: Tensor, generator: torch.Generator | None) -> dict[str, Tensor]:
-        settings = self.network.network, self.network.dtype, self.input_range
-        gt_embedding = self.gt_embedding.get(gt, self.embed, *settings)
+        gt_embedding = self.gt_embedding.get(gt, self.embed, *self.network.identity(), self.input_range)
         divergence = jensen_shannon(self.embed(sr) / self.temperature, gt_embedding / self.temperature)
         return {"dino_jsd": divergence.mean(1)}
 
     def embed(self, image: Tensor) -> Tensor:
         """Embed images (B, 3, H, W) in `input_range` as (B, tokens, D), in float32 at least."""
-        embedding = self.network.network(rescale(image.to(self.network.dtype), self.input_range, (0.0, 1.0)))
+        embedding = self.network.network(rescale(self.network.like(image), self.input_range, (0.0, 1.0)))
         return embedding.to(torch.promote_types(embedding.dtype, torch.float32))
 
 
@@ -117,7 +116,7 @@ class TokenEmbedding(nn.Module):
         self.tokens = slice(1) if tokens == "class" else slice(prefix, None)
         parameter = next(vit.parameters())
         for name, value in (("mean", mean), ("std", std)):
-            self.register_buffer(name, torch.tensor(value).to(parameter).reshape(1, 3, 1, 1), persistent=False)
+            self.register_buffer(name, parameter.new_tensor(value).reshape(1, 3, 1, 1), persistent=False)
 
     def forward(self, image: Tensor) -> Tensor:
         """Resize to the nearest multiple of the patch size, normalise, and embed."""
@@ -148,12 +147,28 @@ def jensen_shannon(a: Tensor, b: Tensor) -> Tensor:
     return 0.25 * ((p + q) * phi).sum(-1)
 
 
+@contextmanager
+def _ordinary_construction() -> Iterator[None]:
+    """Build in float32 on the CPU, for gradients and without random draws, whatever the program has set."""
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.inference_mode(False), torch.device("cpu"), torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
+
+
 def _load_dino(name: str) -> nn.Module:
     import safetensors
     import timm
 
-    on_hub = name.startswith("hf-hub:")
-    if not on_hub and not timm.is_model_pretrained(name):
+    if name.startswith("hf-hub:"):
+        repo, _, revision = name.removeprefix("hf-hub:").partition("@")
+        check_revision(revision)
+    elif timm.is_model_pretrained(name):
+        repo, revision = str(getattr(timm.get_pretrained_cfg(name), "hf_hub_id", f"timm/{name}")), None
+    else:
         close = difflib.get_close_matches(name, timm.list_models("*dinov2*", pretrained=True), n=3)
         raise ValueError(f"timm has no model {name!r}" + (f"; did you mean {', '.join(close)}?" if close else ""))
     # The file is named because without a name timm falls back to pickled weights where there are no others.
@@ -165,9 +180,9 @@ def _load_dino(name: str) -> nn.Module:
     except TypeError as error:  # an architecture that knows no dynamic_img_size
         raise ValueError(f"model must be a timm vision transformer, got {name!r}: {error}") from error
     except (safetensors.SafetensorError, RuntimeError) as error:
-        raise CheckpointError(f"the weights of {name!r} are damaged or of another network: {error}") from error
+        raise CheckpointError(
+            f"the weights of {name!r} are damaged or of another network: {error}\n"
+            f"If the file in the cache is damaged: `{download_command(repo, revision)} --force-download`"
+        ) from error
     except Exception as error:  # the Hub client's errors have no common base over its versions
-        repo, _, revision = name.removeprefix("hf-hub:").partition("@")
-        if not on_hub:
-            repo = str(getattr(timm.get_pretrained_cfg(name), "hf_hub_id", f"timm/{name}"))
-        raise CheckpointError(download_failure(repo, "model.safetensors", revision or None, error)) from error
+        raise CheckpointError(download_failure(repo, "model.safetensors", revision, error)) from error

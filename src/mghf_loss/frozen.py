@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import chain
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -40,24 +41,30 @@ class Frozen(nn.Module, Generic[Network]):
             return
         if not isinstance(value, nn.Module):
             raise TypeError(f"network must be a torch.nn.Module, got {type(value).__name__}")
-        for parameter in value.parameters():
-            if parameter.is_meta or parameter.is_inference():
-                where = "on the meta device" if parameter.is_meta else "built under torch.inference_mode()"
-                raise ValueError(f"the frozen {type(value).__name__} is {where}: build it outside of that")
+        for tensor in chain(value.parameters(), value.buffers()):
+            if tensor.is_meta or tensor.is_inference():
+                where = "the meta device" if tensor.is_meta else "torch.inference_mode()"
+                raise ValueError(f"the frozen {type(value).__name__} was built under {where}: build it outside of that")
         self.__dict__["network"] = value.requires_grad_(False).eval()
 
-    @property
-    def device(self) -> torch.device:
-        """Where the network is."""
-        return next(self.network.parameters()).device
+    def like(self, image: Tensor) -> Tensor:
+        """Return `image` in the network's dtype, float32 at least; raise where it is on another device."""
+        parameter = next(self.network.parameters())
+        if image.device != parameter.device:
+            raise ValueError(
+                f"the images are on {image.device}, the loss is on {parameter.device}: "
+                f"move it once, criterion.to({str(image.device)!r})"
+            )
+        return image.to(parameter.dtype)
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """What the network computes in: float32 at least."""
-        return next(self.network.parameters()).dtype
+    def identity(self) -> tuple[nn.Module, torch.dtype]:
+        """What the network's results depend on beside its input, for a cache of them."""
+        return self.network, next(self.network.parameters()).dtype
 
+    @torch.inference_mode(False)  # parameters converted there would take part in no gradient
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Frozen[Network]:
-        probe: Tensor = fn(torch.zeros(1, dtype=self.dtype, device=self.device))
+        parameter = next(self.network.parameters())
+        probe: Tensor = fn(torch.zeros(1, dtype=parameter.dtype, device=parameter.device))
         if not probe.is_meta:
             self.network.to(probe.device, torch.promote_types(probe.dtype, torch.float32))
         return super()._apply(fn, recurse)

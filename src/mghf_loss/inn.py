@@ -49,10 +49,12 @@ class INNConfig:
     def __post_init__(self) -> None:
         _checks.one_of("variant", self.variant, Variant)
         _checks.one_of("mixing", self.mixing, Mixing)
-        for name in ("levels", "couplings", "hidden"):
-            _checks.integer(name, getattr(self, name), least=1)
-        _checks.number("clamp", self.clamp, above=True)
-        _checks.number("noise_floor", self.noise_floor)
+        # Bounds far from any use, so that a damaged or hostile configuration is refused before anything is built:
+        # packets have 3 * 4^levels channels, and exp(80) is about the largest float32.
+        for name, most in (("levels", 12 if self.variant == "pyramid" else 5), ("couplings", 100), ("hidden", 2**14)):
+            object.__setattr__(self, name, _checks.integer(name, getattr(self, name), least=1, most=most))
+        object.__setattr__(self, "clamp", _checks.number("clamp", self.clamp, above=True, below=80.0))
+        object.__setattr__(self, "noise_floor", _checks.number("noise_floor", self.noise_floor))
 
 
 class Latent(NamedTuple):
@@ -82,6 +84,8 @@ class Level(nn.Module):
         super().__init__()
         details = 4 * in_channels - 3
         self.haar = HaarDownsampling([(in_channels, 2, 2)])
+        # NumPy's numbers, which torch.compile would guard and then fail on in inference mode.
+        self.haar.jac_fwd, self.haar.jac_rev = float(self.haar.jac_fwd), float(self.haar.jac_rev)
         self.flow = SequenceINN(details, 1, 1)
         for k in range(config.couplings):
             # The raw details of photographs in [-1, 1] have a standard deviation of about 1/8; later packet
@@ -227,19 +231,36 @@ class HighFrequencyINN(
         """
         checkpoint = checkpoints.load(pretrained_model_name_or_path, **hub_options)
         known = {field.name for field in fields(INNConfig)}
-        if set(checkpoint.config) != known:
-            raise checkpoints.CheckpointError(
-                f"{checkpoint.source} is no HighFrequencyINN: its config.json has the fields "
-                f"{sorted(checkpoint.config)}, expected {sorted(known)}"
-            )
         try:
-            network = cls(INNConfig(**checkpoint.config))
-            network.load_state_dict(checkpoint.state_dict)
-        except (RuntimeError, ValueError, TypeError) as error:
+            if set(checkpoint.config) != known:
+                raise ValueError(f"its configuration has the fields {sorted(checkpoint.config)}, not {sorted(known)}")
+            # Without values nothing is drawn, and sizes cost nothing until they are known to be right.
+            with torch.inference_mode(False), torch.device("meta"):
+                network = cls(INNConfig(**checkpoint.config))
+            network._take(checkpoint.state_dict)
+        except (RuntimeError, ValueError, TypeError, MemoryError) as error:
             raise checkpoints.CheckpointError(
-                f"{checkpoint.source} does not fit a HighFrequencyINN of its config {checkpoint.config}: {error}"
+                f"{checkpoint.source} is no HighFrequencyINN of its configuration {checkpoint.config}: {error}"
             ) from error
         return network.eval()
+
+    @torch.inference_mode(False)
+    def _take(self, state_dict: dict[str, Tensor]) -> None:
+        """Make `state_dict` the parameters, in float32 on the CPU, of a network that may have none yet."""
+        shapes = {name: list(value.shape) for name, value in state_dict.items()}
+        expected = {name: list(parameter.shape) for name, parameter in self.named_parameters()}
+        if shapes != expected:
+            wrong = sorted(name for name in shapes.keys() | expected if shapes.get(name) != expected.get(name))
+            what = ", ".join(f"{name} is {shapes.get(name)}, not {expected.get(name)}" for name in wrong[:3])
+            raise ValueError(f"{len(wrong)} tensors are missing, unknown or of another shape: {what}")
+        for prefix, module in self.named_modules():
+            for name, parameter in module._parameters.items():
+                assert parameter is not None
+                value = state_dict[f"{prefix}.{name}"].to(torch.float32, copy=True)
+                if not value.isfinite().all():
+                    raise ValueError(f"{prefix}.{name} is not finite")
+                # Not registered: accelerate.init_empty_weights() empties what is.
+                module._parameters[name] = nn.Parameter(value, parameter.requires_grad)
 
     def save_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from .criterion import Criterion, Memory, rescale
 from .dino import DEFAULT_MODEL, DinoJSDLoss
 from .frozen import Frozen
 from .ops import second_order_statistics
-from .ops.precision import Precision
+from .ops.statistics import Precision
 
 if TYPE_CHECKING:
     from .inn import HighFrequencyINN
@@ -76,12 +76,9 @@ class MGHFnLoss(Criterion):
         self.inn = _load(inn)
         self.least_size = self.inn.network.stride
 
-    def _frozen(self) -> Frozen[Any]:
-        return self.inn
-
     def _terms(self, sr: Tensor, gt: Tensor, generator: torch.Generator | None) -> dict[str, Tensor]:
         inn = self.inn
-        settings = inn.network, inn.dtype, self.input_range
+        settings = *inn.identity(), self.input_range
         gt_features = self.gt_features.get(gt, lambda gt: _features(inn, gt, self.input_range), *settings)
         sr_features = _features(inn, sr, self.input_range, self.memory)
         per_level = [terms.content(s, g, reduction="none") for s, g in zip(sr_features, gt_features, strict=True)]
@@ -170,11 +167,6 @@ class MGHFLoss(Criterion):
         if "dino_jsd" in active:
             self.dino = DinoJSDLoss(dino, input_range=input_range, memory=memory, cache_gt=cache_gt)
 
-    def _frozen(self) -> Frozen[Any]:
-        frozen = self.inn if self.dino is None else self.dino.network
-        assert frozen is not None  # some term has a factor
-        return frozen
-
     def _is_available(self, term: str) -> bool:
         return (self.dino if term == "dino_jsd" else self.inn) is not None
 
@@ -183,7 +175,7 @@ class MGHFLoss(Criterion):
         values: dict[str, Tensor] = {}
         if self.inn is not None and wanted - {"dino_jsd"}:
             inn = self.inn
-            settings = inn.network, inn.dtype, self.input_range, self.prune
+            settings = *inn.identity(), self.input_range, self.prune
             gt_levels = self.gt_levels.get(gt, lambda gt: self._gt_levels(inn, gt), *settings)
             sr_levels = _features(inn, sr, self.input_range, self.memory)
             seed = _seed(sr, gt, self.input_range, generator) if "patch_nce" in wanted else None
@@ -239,7 +231,8 @@ def _features(
     inn: Frozen[HighFrequencyINN], image: Tensor, input_range: tuple[float, float], memory: Memory = "normal"
 ) -> list[Tensor]:
     """Features of an image per level, in float32 at least."""
-    return inn.network.features(rescale(image.to(inn.dtype), input_range, (-1.0, 1.0)), recompute=memory == "low")
+    image = rescale(inn.like(image), input_range, (-1.0, 1.0))
+    return inn.network.features(image, recompute=memory == "low")
 
 
 def _seed(sr: Tensor, gt: Tensor, input_range: tuple[float, float], generator: torch.Generator | None) -> Tensor:

@@ -20,10 +20,10 @@ from torch import Tensor
 
 from . import _checks, ops
 from .ops import SecondOrderStatistics, second_order_statistics
-from .ops.precision import Precision
+from .ops.nce import Modulation
+from .ops.statistics import Precision, compute_dtype
 
 Reduction = Literal["mean", "sum", "none"]
-Modulation = Literal["plain", "hard", "easy"]
 BINS = 64
 LIMIT = 4.0  # whitened features: four standard deviations; rarer values fall in the end bins
 Term = TypeVar("Term", bound=Callable[..., Tensor])
@@ -62,7 +62,7 @@ def content(
     Reference: arXiv 2411.13548 (MGHF), MGHF-n and the content term of MGHF-c.
     """
     if statistics is None:  # nothing to share: the other statistics would cost more than the error
-        dtype = torch.promote_types(torch.promote_types(sr_level.dtype, gt_level.dtype), torch.float32)
+        dtype = compute_dtype(sr_level, gt_level)
         error = (sr_level.to(dtype) - gt_level.to(dtype)).square().mean((2, 3))
     else:
         error = statistics.squared_error
@@ -179,7 +179,7 @@ def patch_nce(
     if locations is not None:
         index = locations[:, None].expand(-1, sr.shape[1], -1)
         sr, gt = sr.gather(2, index), gt.gather(2, index)
-    dtype = torch.promote_types(torch.promote_types(sr.dtype, gt.dtype), torch.float32)
+    dtype = compute_dtype(sr, gt)
     sr, gt = sr.to(dtype), gt.to(dtype)
     if channel_weights is not None:
         sr, gt = sr * channel_weights[..., None], gt * channel_weights[..., None]
@@ -212,8 +212,7 @@ def channel_entropy(features: Tensor) -> Tensor:
     # NaN has no bin; the other terms report it, an index out of range would take the device down.
     bins = ((values + LIMIT) * (BINS / (2 * LIMIT))).nan_to_num().clamp(0, BINS - 1).long()
     counts = torch.zeros(batch, channels, BINS, device=values.device, dtype=values.dtype)
-    counts.scatter_add_(2, bins, torch.ones_like(values))
-    p = counts / values.shape[2]
+    p = counts.scatter_add(2, bins, torch.ones_like(values)) / values.shape[2]
     return -torch.special.xlogy(p, p).sum(2)
 
 

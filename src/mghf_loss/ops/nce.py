@@ -23,16 +23,18 @@ exactly and nothing is added (the loss differs by less than 1e-5 at eps = 1).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from functools import partial
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .. import _checks
-from .precision import Precision
+from .statistics import Precision, compute_dtype, differentiable, first_derivative
 
+Modulation = Literal["plain", "hard", "easy"]
 # Elements of the largest block of pairs that is held at a time: 64 MiB in float32.
 BLOCK = 2**24
 
@@ -54,41 +56,47 @@ def patch_nce_formula(
     In float32 at least, whatever `precision` and autocast say; on CUDA with the products of
     `torch.set_float32_matmul_precision`.
     """
-    with torch.autocast(sr.device.type, enabled=False):
-        dtype = _compute_dtype(sr, gt)
-        query, inverse_norm = _unit_vectors(sr.to(dtype))
-        key, _ = _unit_vectors(gt.to(dtype))
-        batch, channels, places = query.shape
-        loss = query.new_zeros(batch, places)
-        jacobian = query.new_zeros(batch, channels, places) if with_jacobian else query.new_empty(0)
-        if places < 2 or batch == 0:  # no negatives, or nothing at all
-            return loss, jacobian
-        slope = 1 / temperature
-        row_potential = column_potential = query.new_zeros(batch, places)
-        log_weight = math.log(negative_weight)
-        if modulation != "plain":
-            sharpness = (1 if modulation == "hard" else -1) / eps
-            row_potential, column_potential = transport_potentials(query, key, sharpness, iterations, tolerance)
-            slope += sharpness
-            log_weight += math.log(places - 1)
-        for rows in _row_blocks(batch, places):
-            similarity = torch.bmm(query[:, :, rows].transpose(1, 2), key)
-            positive = similarity.diagonal(rows.start, 1, 2) / temperature
-            # softmax over the negatives j != i
-            logits = _exclude_diagonal(similarity * slope + column_potential[:, None], rows)
-            highest = logits.amax(2, keepdim=True)
-            share = logits.sub_(highest).exp_()
-            total = share.sum(2, keepdim=True)
-            negative = log_weight + row_potential[:, rows] + (highest + total.log()).squeeze(2)
-            loss[:, rows] = F.softplus(negative - positive)
-            if with_jacobian:
-                attended = torch.bmm(key, (share / total).transpose(1, 2))
-                pull = torch.sigmoid(negative - positive) / temperature
-                gradient = pull[:, None] * (attended - key[:, :, rows])
-                # through the normalisation q = f / |f|
-                along = (gradient * query[:, :, rows]).sum(1, keepdim=True) * query[:, :, rows]
-                jacobian[:, :, rows] = (gradient - along) * inverse_norm[:, :, rows]
+    batch, _, places = sr.shape
+    dtype = compute_dtype(sr, gt)
+    loss = sr.new_zeros((batch, places), dtype=dtype)
+    jacobian = sr.new_zeros(sr.shape if with_jacobian else 0, dtype=dtype)
+    if places < 2:  # no negatives
         return loss, jacobian
+    # On a CPU every image by itself: neither its rounding nor its last iteration depends on the others.
+    group = 1 if sr.device.type == "cpu" else max(1, BLOCK // places**2)
+    size = max(1, BLOCK // (group * places))
+    with torch.autocast(sr.device.type, enabled=False):
+        for first in range(0, batch, group):
+            images = slice(first, first + group)
+            query, inverse_norm = _unit_vectors(sr[images].to(dtype))
+            key, _ = _unit_vectors(gt[images].to(dtype))
+            row_potential = column_potential = torch.zeros_like(loss[images])
+            slope, log_weight = 1 / temperature, math.log(negative_weight)
+            if modulation != "plain":
+                sharpness = (1 if modulation == "hard" else -1) / eps
+                row_potential, column_potential = transport_potentials(query, key, sharpness, iterations, tolerance)
+                slope += sharpness
+                log_weight += math.log(places - 1)
+            for start in range(0, places, size):
+                rows = slice(start, start + size)
+                similarity = torch.bmm(query[:, :, rows].transpose(1, 2), key)
+                positive = similarity.diagonal(start, 1, 2) / temperature
+                # softmax over the negatives j != i
+                logits = similarity * slope + column_potential[:, None]
+                logits.diagonal(start, 1, 2).fill_(-math.inf)
+                highest = logits.amax(2, keepdim=True)
+                share = logits.sub_(highest).exp_()
+                total = share.sum(2, keepdim=True)
+                negative = log_weight + row_potential[:, rows] + (highest + total.log()).squeeze(2)
+                loss[images, rows] = F.softplus(negative - positive)
+                if with_jacobian:
+                    attended = torch.bmm(key, (share / total).transpose(1, 2))
+                    pull = torch.sigmoid(negative - positive) / temperature
+                    gradient = pull[:, None] * (attended - key[:, :, rows])
+                    # through the normalisation q = f / |f|
+                    along = (gradient * query[:, :, rows]).sum(1, keepdim=True) * query[:, :, rows]
+                    jacobian[images, :, rows] = (gradient - along) * inverse_norm[:, :, rows]
+    return loss, jacobian
 
 
 operator = torch.library.custom_op("mghf_loss::patch_nce", patch_nce_formula, mutates_args=())
@@ -108,15 +116,12 @@ def _(
     precision: str,
 ) -> tuple[Tensor, Tensor]:
     batch, _, places = sr.shape
-    dtype = _compute_dtype(sr, gt)
+    dtype = compute_dtype(sr, gt)
     return sr.new_empty((batch, places), dtype=dtype), sr.new_empty(sr.shape if with_jacobian else 0, dtype=dtype)
 
 
 def backward_formula(loss: Tensor, jacobian: Tensor, loss_gradient: Tensor) -> Tensor:
-    """Gradient of the SR vectors (B, C, N).
-
-    An operator without a derivative, of `loss` too: a second derivative, which the jacobian does not have, is an error.
-    """
+    """Gradient of the SR vectors (B, C, N); `loss` is there so that a second derivative is refused."""
     return loss_gradient[:, None] * jacobian
 
 
@@ -131,14 +136,14 @@ def _keep_jacobian(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, loss_gradient: Tensor, _) -> tuple[Tensor | None, ...]:
-    return backward_operator(*ctx.saved_tensors, loss_gradient).to(ctx.dtype), *[None] * 9
+    loss, jacobian = ctx.saved_tensors
+    if jacobian.ndim == 1:  # inside vmap, sr did not seem to need a gradient
+        raise NotImplementedError("patch_nce has no torch.func.grad of a vmap: use the vmap of the grad, or a batch")
+    gradient = first_derivative(backward_operator, loss, jacobian, loss_gradient)
+    return gradient.to(ctx.dtype), *[None] * 9
 
 
-operator.register_autograd(_backward, setup_context=_keep_jacobian)
-
-
-def _compute_dtype(sr: Tensor, gt: Tensor) -> torch.dtype:
-    return torch.promote_types(torch.promote_types(sr.dtype, gt.dtype), torch.float32)
+functional = differentiable(operator, _keep_jacobian, _backward)
 
 
 def patch_nce(
@@ -146,7 +151,7 @@ def patch_nce(
     gt: Tensor,
     *,
     temperature: float = 0.07,
-    modulation: str = "hard",
+    modulation: Modulation = "hard",
     eps: float = 1.0,
     negative_weight: float = 1.0,
     iterations: int = 50,
@@ -168,8 +173,8 @@ def patch_nce(
         eps: entropic regularisation of the transport.
         negative_weight: Q, weight of all negatives against the positive.
         iterations: Sinkhorn iterations at most.
-        tolerance: stop when no log row marginal is off by more than this (on a CPU: of the whole batch; in the Triton
-            kernels: of an image; the torch formula on other devices makes all iterations, as the test would wait).
+        tolerance: stop an image when none of its log row marginals is off by more than this (the torch formula on other
+            devices than a CPU makes all iterations, as the test would wait).
         precision: of the unit vectors on CUDA. `"fast"`: fp16 (relative error of loss and gradient 2e-3 at most, at
             T = 0.07); `"high"`: two fp16 numbers, as accurate as float32. That is the kernels' promise; the torch
             formula takes float32 for both, on CUDA as `torch.set_float32_matmul_precision` has it.
@@ -185,26 +190,26 @@ def patch_nce(
         raise ValueError(f"sr and gt must be on one device, got {sr.device} and {gt.device}")
     if not (sr.is_floating_point() and gt.is_floating_point()):
         raise TypeError(f"sr and gt must be floating-point tensors, got {sr.dtype} and {gt.dtype}")
-    if modulation not in ("hard", "easy", "plain"):
-        raise ValueError(f"modulation must be 'hard', 'easy' or 'plain', got {modulation!r}")
-    for name, value in (("temperature", temperature), ("eps", eps), ("negative_weight", negative_weight)):
-        if not value > 0:
-            raise ValueError(f"{name} must be positive, got {value!r}")
-    for name, value in (("iterations", iterations), ("tolerance", tolerance)):
-        if not value >= 0:
-            raise ValueError(f"{name} must not be negative, got {value!r}")
-    return operator(
-        sr,
+    primal, tangent = forward_ad.unpack_dual(sr)
+    if tangent is not None and sr.requires_grad:
+        raise NotImplementedError("patch_nce has no second derivative: use either forward-mode AD or backward()")
+    compute = functional if torch._C._are_functorch_transforms_active() else operator
+    loss, jacobian = compute(
+        primal,
         gt.detach(),
-        temperature,
-        modulation,
-        eps,
-        negative_weight,
-        iterations,
-        tolerance,
-        sr.requires_grad and torch.is_grad_enabled(),
+        _checks.number("temperature", temperature, above=True),
+        _checks.one_of("modulation", modulation, Modulation),
+        _checks.number("eps", eps, above=True),
+        _checks.number("negative_weight", negative_weight, above=True),
+        _checks.integer("iterations", iterations, least=0),
+        _checks.number("tolerance", tolerance),
+        tangent is not None or (sr.requires_grad and torch.is_grad_enabled()),
         _checks.one_of("precision", precision, Precision),
-    )[0]
+    )
+    if tangent is None:
+        return loss
+    slope = first_derivative(backward_operator, loss, jacobian, torch.ones_like(loss))
+    return forward_ad.make_dual(loss, (slope * tangent).sum(1))
 
 
 def transport_potentials(
@@ -216,18 +221,14 @@ def transport_potentials(
     """
     batch, _, places = query.shape
     f = g = query.new_zeros(batch, places)
-    blocks = list(_row_blocks(batch, places))
     # |q.k| <= 1 bounds the potentials; while e^{4 |sharpness|} is far from overflow, one kernel that fits in a
     # block serves all iterations as a matrix, and an iteration is two matrix-vector products.
-    if len(blocks) == 1 and abs(sharpness) <= 16:
-        pairs = _exclude_diagonal(torch.bmm(query.transpose(1, 2), key) * sharpness, blocks[0])
+    if batch * places**2 <= BLOCK and abs(sharpness) <= 16:
+        pairs = torch.bmm(query.transpose(1, 2), key) * sharpness
+        pairs.diagonal(0, 1, 2).fill_(-math.inf)
         kernel = pairs.sub_(abs(sharpness)).exp_()
-
-        def log_row_sums(potential: Tensor) -> Tensor:
-            return _log_product(kernel, potential) + abs(sharpness)
-
-        def log_column_sums(potential: Tensor) -> Tensor:
-            return _log_product(kernel.transpose(1, 2), potential) + abs(sharpness)
+        log_row_sums = partial(_log_product, kernel, abs(sharpness))
+        log_column_sums = partial(_log_product, kernel.transpose(1, 2), abs(sharpness))
     else:
         log_row_sums = partial(_log_row_sums, query, key, sharpness)
         log_column_sums = partial(_log_row_sums, key, query, sharpness)
@@ -243,34 +244,21 @@ def transport_potentials(
 def _log_row_sums(query: Tensor, key: Tensor, sharpness: float, potential: Tensor) -> Tensor:
     """log sum_{j != i} exp(sharpness * q_i.k_j + potential_j), (B, N), in blocks of rows."""
     batch, _, places = query.shape
+    size = max(1, BLOCK // (batch * places))
     sums = torch.empty_like(potential)
-    for rows in _row_blocks(batch, places):
-        pairs = torch.baddbmm(
-            potential[:, None].expand(-1, rows.stop - rows.start, -1),
-            query[:, :, rows].transpose(1, 2),
-            key,
-            alpha=sharpness,
-        )
-        sums[:, rows] = _exclude_diagonal(pairs, rows).logsumexp(2)
+    for start in range(0, places, size):
+        rows = query[:, :, start : start + size].transpose(1, 2)
+        offset = potential[:, None].expand(-1, rows.shape[1], -1)
+        pairs = torch.baddbmm(offset, rows, key, alpha=sharpness)
+        pairs.diagonal(start, 1, 2).fill_(-math.inf)
+        sums[:, start : start + size] = pairs.logsumexp(2)
     return sums
 
 
-def _log_product(kernel: Tensor, potential: Tensor) -> Tensor:
-    """log(kernel @ exp(potential)), (B, N)."""
+def _log_product(kernel: Tensor, log_scale: float, potential: Tensor) -> Tensor:
+    """log(e^log_scale * kernel @ exp(potential)), (B, N)."""
     highest = potential.amax(1, keepdim=True)
-    return torch.bmm(kernel, (potential - highest).exp()[:, :, None]).squeeze(2).log() + highest
-
-
-def _row_blocks(batch: int, places: int) -> Iterator[slice]:
-    size = max(1, BLOCK // (batch * places))
-    for start in range(0, places, size):
-        yield slice(start, min(start + size, places))
-
-
-def _exclude_diagonal(pairs: Tensor, rows: slice) -> Tensor:
-    """Set entry (i, i) to -inf, in place, in a block of `rows` of a square of pairs."""
-    pairs.diagonal(rows.start, 1, 2).fill_(-math.inf)
-    return pairs
+    return torch.bmm(kernel, (potential - highest).exp()[:, :, None]).squeeze(2).log() + highest + log_scale
 
 
 def _unit_vectors(vectors: Tensor) -> tuple[Tensor, Tensor]:

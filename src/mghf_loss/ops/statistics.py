@@ -19,13 +19,19 @@ gram_difference, w_c^2 times squared_error; a channel of weight 0 is not read.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .. import _checks
-from .precision import Precision
+
+# Of the matrix products in the operators' kernels: "fast" rounds the operands to tf32 (statistics) or takes fp16 unit
+# vectors (PatchNCE), "high" is as accurate as float32. Sums, and all on a CPU, are in float32 at least. The torch
+# formula on CUDA follows `torch.set_float32_matmul_precision` instead.
+Precision = Literal["fast", "high"]
 
 
 class SecondOrderStatistics(NamedTuple):
@@ -77,7 +83,11 @@ def second_order_statistics(
         if tensor is not None and tensor.device != sr.device:
             raise ValueError(f"sr and {name} must be on one device, got {sr.device} and {tensor.device}")
     keep = None if channel_weights is None else channel_weights.detach() != 0
-    gram_difference, moments = operator(sr, gt.detach(), keep, gram, _checks.one_of("precision", precision, Precision))
+    _checks.one_of("precision", precision, Precision)
+    compute = functional if torch._C._are_functorch_transforms_active() else operator
+    if forward_ad.unpack_dual(sr).tangent is not None:
+        compute = statistics_formula  # operators drop tangents
+    gram_difference, moments = compute(sr, gt.detach(), keep, gram, precision)
     return SecondOrderStatistics(gram_difference if gram else None, *moments.unbind(1))
 
 
@@ -132,7 +142,7 @@ backward_operator = torch.library.custom_op(
 @operator.register_fake
 def _(sr: Tensor, gt: Tensor, keep: Tensor | None, gram: bool, precision: str) -> tuple[Tensor, Tensor]:
     batch, channels = sr.shape[:2]
-    dtype = _compute_dtype(sr, gt)
+    dtype = compute_dtype(sr, gt)
     return (
         sr.new_empty((batch, channels, channels) if gram else 0, dtype=dtype),
         sr.new_empty((batch, 6, channels), dtype=dtype),
@@ -144,6 +154,37 @@ def _(
     sr: Tensor, gt: Tensor, keep: Tensor | None, mixing: Tensor | None, coefficients: Tensor, precision: str
 ) -> Tensor:
     return torch.empty_like(sr, memory_format=torch.contiguous_format)
+
+
+def differentiable(
+    operator: Any, setup_context: Callable[..., None], backward: Callable[..., Any]
+) -> Callable[..., Any]:
+    """Register the derivative of `operator`; return it for `torch.func`, which does not see what is registered."""
+    operator.register_autograd(backward, setup_context=setup_context)
+    static = {"forward": operator, "setup_context": setup_context, "backward": backward}
+    attributes = {"generate_vmap_rule": True, **{name: staticmethod(function) for name, function in static.items()}}
+    return type("Functional", (torch.autograd.Function,), attributes).apply  # type: ignore[attr-defined]
+
+
+def first_derivative(operator: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    """Call an operator that computes a derivative; a second derivative is refused, not left out."""
+    return _FirstDerivative.apply(operator, *arguments)  # type: ignore[return-value]
+
+
+class _FirstDerivative(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(operator: Callable[..., Tensor], *arguments: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return operator(*arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise NotImplementedError("the operators of mghf_loss have no second derivative")
 
 
 def _keep_inputs(ctx, inputs, output) -> None:
@@ -163,17 +204,19 @@ def _backward(ctx, gram_gradient: Tensor, moment_gradient: Tensor) -> tuple[Tens
     if keep is not None:
         coefficients = torch.where(keep[:, None], coefficients, 0)
         mixing = None if mixing is None else torch.where(keep[:, None] & keep[:, :, None], mixing, 0)
-    return backward_operator(sr, gt, keep, mixing, coefficients, ctx.precision), *[None] * 4
+    arguments = sr, gt, keep, mixing, coefficients, ctx.precision
+    return first_derivative(backward_operator, *arguments), *[None] * 4
 
 
-operator.register_autograd(_backward, setup_context=_keep_inputs)
+functional = differentiable(operator, _keep_inputs, _backward)
 
 
-def _compute_dtype(sr: Tensor, gt: Tensor) -> torch.dtype:
+def compute_dtype(sr: Tensor, gt: Tensor) -> torch.dtype:
+    """Return the dtype of all computation on `sr` and `gt`: float32 at least."""
     return torch.promote_types(torch.promote_types(sr.dtype, gt.dtype), torch.float32)
 
 
 def _maps(sr: Tensor, gt: Tensor) -> tuple[Tensor, Tensor]:
     """Features as (B, C, N) in float32 at least."""
-    dtype = _compute_dtype(sr, gt)
+    dtype = compute_dtype(sr, gt)
     return sr.flatten(2).to(dtype), gt.flatten(2).to(dtype)

@@ -71,7 +71,8 @@ def tiles(channels: int, itemsize: int, precision: str, capability: tuple[int, i
             forward = (16, launch_options(8, 3))
         else:
             forward = (64 if hopper and itemsize == 2 else 32, launch_options(8, 3))
-        back = (16, 64, launch_options(8, 1)) if high else (block, 64 if hopper else 32, launch_options(8, 1))
+        inner = 16 if high else block if blocks == 1 else 32  # the whole block where it has all channels
+        back = (inner, 64 if high or hopper else 32, launch_options(8, 1))
     else:
         forward = (16, launch_options(8, 2)) if high else (32, launch_options(8, 3))
         back = (16, 64, launch_options(8, 1)) if high else (32, 64, launch_options(8, 2))
