@@ -28,6 +28,8 @@ from hub import Client, Hub, closed_url, fingerprint, jsd
 from mghf_loss import CheckpointError, DinoJSDLoss, HighFrequencyINN, INNConfig, checkpoints
 from mghf_loss._files import write_atomically
 
+pytestmark = [pytest.mark.process, pytest.mark.xdist_group("checkpoints")]  # share a Hub
+
 SMALL = {"levels": 1, "hidden": 4, "couplings": 1}
 DINO = "vit_small_patch14_dinov2.lvd142m"
 MODEL, CONFIG, PICKLE = "model.safetensors", "config.json", "pytorch_model.bin"

@@ -17,6 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 from mghf_loss import HighFrequencyINN, INNConfig, MGHFLoss
 from mghf_loss.criterion import Memory
 
+pytestmark = pytest.mark.process
+
 
 class Step(nn.Module):
     def __init__(self, memory: Memory) -> None:

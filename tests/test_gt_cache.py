@@ -216,6 +216,7 @@ def test_inference_mode_leaves_nothing_for_a_training_step(build, seen):
     assert [passes(criterion, sr.detach(), inner, seen) for _ in range(2)] == [2, 2]  # counts no versions
 
 
+@pytest.mark.compile
 def test_compiled_it_computes_in_every_call(build):
     criterion = build("MGHFnLoss")
     sr, gt = pair()

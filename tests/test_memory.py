@@ -118,6 +118,7 @@ def test_heatmaps_are_the_same(twins):
         torch.testing.assert_close(maps[1][name], expected, rtol=1e-5, atol=1e-9)
 
 
+@pytest.mark.compile
 @pytest.mark.parametrize("name", LOSSES)
 def test_compiled_as_one_graph_it_gives_the_same_gradient(name, twins):
     normal, low = twins(name)

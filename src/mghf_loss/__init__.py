@@ -1,7 +1,7 @@
 """MGHF: multi-granular high-frequency perceptual losses for super-resolution.
 
     criterion = MGHFLoss()
-    loss = criterion(sr, gt)  # (B, 3, H, W) in [0, 1] -> 0-d tensor
+    loss = F.l1_loss(sr, gt) + 0.05 * criterion(sr, gt)  # (B, 3, H, W) in [0, 1] -> 0-d tensor
 
 Reference: arXiv 2411.13548. Importing this package costs little over importing torch; FrEIA, timm and
 huggingface_hub are imported by what needs them.
@@ -28,6 +28,10 @@ __all__ = [
     "__version__",
     "terms",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__
 
 
 def __getattr__(name: str) -> object:
