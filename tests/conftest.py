@@ -14,6 +14,8 @@ from mghf_loss import HighFrequencyINN, INNConfig
 
 def pytest_configure(config: pytest.Config) -> None:
     """Run all of the files that the command line names: the fast tier is for `pytest` alone."""
+    if hasattr(config, "workerinput"):
+        return  # of xdist: the first process has decided
     given = config.invocation_params.args
     if config.args_source is pytest.Config.ArgsSource.ARGS and not any(str(word).startswith("-m") for word in given):
         config.option.markexpr = ""

@@ -38,6 +38,7 @@ import quality
 import quality_report
 import tasks
 
+pytestmark = pytest.mark.bench
 BENCHMARKS = Path(quality.__file__).parent
 CONFIG = """
 [training]

@@ -322,6 +322,7 @@ def test_operator_computes_half_precision_in_float32_whatever_autocast_says(dtyp
     assert gradient.dtype == dtype
 
 
+@pytest.mark.compile
 def test_operator_compiles_without_graph_breaks_and_takes_any_strides():
     sr, gt = torch.randn(2, 2, 12, 5).transpose(2, 3).unbind(0)
     sr.requires_grad_()

@@ -157,9 +157,10 @@ def test_images_of_another_range_are_warned_of_once(scale, offset, build):
     build()(sr, gt)
 
 
-def test_images_in_unit_range_are_warned_of_where_255_is_white(build):
-    with pytest.warns(UserWarning, match=r"input_range is \(0, 255\)"):
-        build(input_range=(0, 255))(*pair())
+@pytest.mark.parametrize("input_range", [(0, 255), (-1, 1), (0, 0.5)])
+def test_images_in_unit_range_are_warned_of_where_another_is_expected(input_range, build):
+    with pytest.warns(UserWarning, match=rf"input_range is \({input_range[0]}, {input_range[1]}\)"):
+        build(input_range=input_range)(*pair())
 
 
 @pytest.mark.parametrize(

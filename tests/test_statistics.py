@@ -136,6 +136,7 @@ INDUCTOR = pytest.param("inductor", marks=pytest.mark.skipif(which("c++") is Non
 
 @pytest.mark.filterwarnings("ignore:`torch.jit")  # inductor's own use of it, in torch 2.11
 @pytest.mark.parametrize("backend", ["aot_eager", INDUCTOR])  # inductor asserts the strides that the fakes promise
+@pytest.mark.compile
 def test_compiles_without_graph_breaks(backend):
     sr, gt = (level.contiguous(memory_format=torch.channels_last) for level in levels(dtype=torch.float32))
     sr.requires_grad_()

@@ -24,6 +24,8 @@ from mghf_loss.training.data import Cropping, FolderCrops, list_images, slot_see
 from mghf_loss.training.loop import SAMPLES_FILE, STATE_FILE, TrainConfig, train_inn
 from mghf_loss.training.objective import GREY_LEVEL, add_noise, bits_per_detail, code_length
 
+pytestmark = pytest.mark.train
+
 NETWORK = INNConfig(levels=2, hidden=8, couplings=1)
 SMALL = ["--crop", "16", "--batch", "2", "--levels", "2", "--hidden", "8", "--couplings", "1", "--cpu"]
 

@@ -141,6 +141,7 @@ def test_the_gradient_of_a_vmap_of_patch_nce_is_refused_by_name():
         grad(lambda sr: value(sr, gt).sum())(sr)
 
 
+@pytest.mark.compile
 def test_a_compiled_loss_runs_with_and_without_gradient_and_in_inference_mode(criterion):
     sr, gt, _ = images()
     torch._dynamo.reset()
