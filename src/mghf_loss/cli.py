@@ -13,6 +13,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import __version__
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -47,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     import torch
 
     parser = argparse.ArgumentParser(prog="mghf-loss", description="MGHF perceptual losses for super-resolution")
-    parser.add_argument("--version", action="version", version=version("mghf-loss"))
+    parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
     formatter = argparse.ArgumentDefaultsHelpFormatter
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -202,7 +204,7 @@ def _info(options: argparse.Namespace) -> None:
     from . import checkpoints, ops
     from .inn import HighFrequencyINN
 
-    print(f"mghf-loss {version('mghf-loss')}, Python {platform.python_version()}, {platform.platform()}")
+    print(f"mghf-loss {__version__}, Python {platform.python_version()}, {platform.platform()}")
     for package in ("torch", "triton", "FrEIA", "timm", "huggingface_hub", "safetensors"):
         try:
             print(f"{package} {version(package)}")
