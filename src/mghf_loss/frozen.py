@@ -45,8 +45,8 @@ class Frozen(nn.Module, Generic[Network]):
             if tensor.is_meta or tensor.is_inference():
                 where = "the meta device" if tensor.is_meta else "torch.inference_mode()"
                 raise ValueError(f"the frozen {type(value).__name__} was built under {where}: build it outside of that")
-        self.__dict__["network"] = value.requires_grad_(False).eval()
-        self._convert(self.device, self.dtype)
+        dtype = next(value.parameters()).dtype
+        self.__dict__["network"] = value.to(torch.promote_types(dtype, torch.float32)).requires_grad_(False).eval()
 
     def like(self, image: Tensor) -> Tensor:
         """Return `image` in the network's dtype, float32 at least; raise where it is on another device."""
@@ -67,11 +67,8 @@ class Frozen(nn.Module, Generic[Network]):
         parameter = next(self.network.parameters())
         probe: Tensor = fn(torch.zeros(1, dtype=parameter.dtype, device=parameter.device))
         if not probe.is_meta:
-            self._convert(probe.device, probe.dtype)
+            self.network.to(probe.device, torch.promote_types(probe.dtype, torch.float32))
         return super()._apply(fn, recurse)
-
-    def _convert(self, device: torch.device, dtype: torch.dtype) -> None:
-        self.network.to(device, torch.promote_types(dtype, torch.float32))
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         """Ignore every key: none is missing, none unexpected."""
