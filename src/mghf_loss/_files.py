@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import torch
 from torch import Tensor
@@ -123,44 +123,25 @@ def open_image(source: str | Path | BinaryIO, name: str | None = None) -> Iterat
 
 
 def read_pixels(source: str | Path | BinaryIO, name: str | None = None) -> Tensor:
-    """Read an image file as (3, H, W) RGB, uint8, 16 bits rounded; otherwise like `read_image`."""
-    pixels = _decode(source, name)
-    return pixels if pixels.dtype == torch.uint8 else (pixels.float() / 257).round().byte()
+    """Read an image file as (3, H, W) RGB, uint8, upright; grey is repeated, transparency laid on white.
 
-
-def read_image(path: str | Path) -> Tensor:
-    """Read an image file as (1, 3, H, W) RGB in [0, 1], upright; grey is repeated, transparency laid on white.
-
-    Needs Pillow. Raises `OSError`, with the path, where it is missing, damaged, no image, or of more bits a channel
-    than are read: 16 of a PNG, 8 of other formats.
+    Needs Pillow, which cuts colours of 16 bits to 8: files of more than 8 bits a channel are refused. Raises `OSError`,
+    with `name` or else the path, for those and where it is missing, damaged or no image.
     """
-    pixels = _decode(path)
-    return pixels[None].float() / torch.iinfo(pixels.dtype).max
-
-
-def _decode(source: str | Path | BinaryIO, name: str | None = None) -> Tensor:
-    """(3, H, W), uint8 or, of 16 bits a channel, uint16."""
     import numpy as np
     from PIL import Image, ImageOps
 
     with open_image(source, name) as image:
-        if image.mode.startswith(("I", "F")) or ";16" in str(image.tile):  # Pillow would cut colours to 8 bits
-            if image.format != "PNG" or image.fp is None:
-                raise OSError(f"{image.format} of more than 8 bits a channel is not supported, save it as PNG")
-            return _decode_deep_png(image.fp)
-        image = ImageOps.exif_transpose(image)
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        pixels = np.asarray(image.convert("RGB"))
+        if image.mode.startswith(("I", "F")) or ";16" in str(image.tile):
+            raise OSError("more than 8 bits a channel are not supported, convert it to 8")
+        upright = ImageOps.exif_transpose(image)
+        if upright.has_transparency_data:
+            upright = upright.convert("RGBA")
+            upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright)
+        pixels = np.asarray(upright.convert("RGB"))
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1)
 
 
-def _decode_deep_png(file: IO[bytes]) -> Tensor:
-    from torchvision.io import ImageReadMode, decode_image  # timm needs torchvision
-
-    file.seek(0)
-    data = torch.frombuffer(bytearray(file.read()), dtype=torch.uint8)
-    pixels = decode_image(data, ImageReadMode.RGB_ALPHA, apply_exif_orientation=True).double()
-    alpha = pixels[3:] / 65535
-    return (65535 + alpha * (pixels[:3] - 65535)).round().to(torch.uint16)
+def read_image(path: str | Path) -> Tensor:
+    """Read an image file as (1, 3, H, W) RGB in [0, 1]; see `read_pixels`."""
+    return read_pixels(path)[None].float() / 255
