@@ -182,6 +182,7 @@ def test_dense_holds_no_square_of_places(monkeypatch):
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck's own doing
 @pytest.mark.parametrize("modulation", MODULATIONS)
 @pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.compile
 def test_opcheck(modulation, channels_last):
     sr, gt = torch.randn(2, 2, 6, 4).transpose(2, 3).unbind(0)
     if not channels_last:
@@ -193,6 +194,7 @@ def test_opcheck(modulation, channels_last):
         assert set(result.values()) == {"SUCCESS"}
 
 
+@pytest.mark.compile
 def test_opcheck_of_the_backward_operator():
     arguments = (torch.randn(2, 6), torch.randn(2, 4, 6), torch.randn(2, 6))
     result = torch.library.opcheck(torch.ops.mghf_loss.patch_nce_backward.default, arguments)
