@@ -1,4 +1,4 @@
-"""A Hugging Face Hub on the loopback, and processes that load from it: nothing of the client library is replaced.
+"""A Hugging Face Hub on the loopback, and processes that load from it with the client library as it is.
 
 Run as a script it is such a process: `python hub.py '[["inn", "org/name"], ["dino", "hf-hub:org/name@v1"]]'` prints
 one outcome per request.
@@ -7,6 +7,7 @@ one outcome per request.
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import json
 import os
@@ -19,6 +20,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -168,7 +170,9 @@ class Client:
     A request is a key of `OUTCOMES` and its function's arguments.
     """
 
-    def __init__(self, requests: list[list[str]], *, url: str, home: Path, offline: bool = False) -> None:
+    def __init__(
+        self, requests: list[list[str]], *, url: str, home: Path, offline: bool = False, etag_timeout: int = 10
+    ) -> None:
         kept = {
             name: value
             for name, value in os.environ.items()
@@ -179,7 +183,7 @@ class Client:
             "HF_HOME": str(home),
             "HF_HUB_OFFLINE": str(int(offline)),
             "HF_HUB_DISABLE_TELEMETRY": "1",
-            "HF_HUB_ETAG_TIMEOUT": "5",
+            "HF_HUB_ETAG_TIMEOUT": str(etag_timeout),
             "OMP_NUM_THREADS": "1",
         }
         self._requests = requests
@@ -191,6 +195,7 @@ class Client:
             text=True,
         )
 
+    @functools.cache  # noqa: B019
     def outcomes(self, timeout: float = 120) -> dict[tuple[str, ...], dict[str, Any]]:
         """Wait for the process and return, by request, `value` or `error` and `message`, and `seconds`."""
         output, errors = self._process.communicate(timeout=timeout)
@@ -230,6 +235,27 @@ def _inn(name: str) -> str:
     from mghf_loss import HighFrequencyINN
 
     return fingerprint(HighFrequencyINN.from_pretrained(name))
+
+
+def _failures(*names: str) -> dict[str, str]:
+    """Return the messages of all names at once, since the client waits long between its attempts.
+
+    For an answer it would wait six times a minute: the one place where something of it is replaced.
+    """
+    from huggingface_hub import file_download
+
+    from mghf_loss import CheckpointError
+
+    file_download._ETAG_RETRY_TIMEOUT = 1
+
+    def fail(name: str) -> str:
+        try:
+            return _inn(name)
+        except CheckpointError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(len(names)) as pool:
+        return dict(zip(names, pool.map(fail, names), strict=True))
 
 
 def _damaged_cache(name: str) -> str:
@@ -285,6 +311,7 @@ def _imports_timm(inn: str) -> bool:
 
 OUTCOMES = {
     "inn": _inn,
+    "failures": _failures,
     "damaged_cache": _damaged_cache,
     "push": _push,
     "dino": _dino,
