@@ -360,7 +360,7 @@ BAD_VECTORS = {
     "no channel": ((VECTORS[:, :0], VECTORS[:, :0]), {}, ValueError, r"one channel, got shape \(1, 0, 8\)"),
     "device": ((VECTORS, VECTORS.to("meta")), {}, ValueError, "one device, got cpu and meta"),
     "temperature": ((VECTORS, VECTORS), {"temperature": 0.0}, ValueError, "temperature must .*above 0.*, got 0.0"),
-    "infinite": ((VECTORS, VECTORS), {"temperature": math.inf}, ValueError, "temperature must .* finite, got inf"),
+    "infinite": ((VECTORS, VECTORS), {"temperature": math.inf}, ValueError, "temperature must be a finite .* got inf"),
     "NaN": ((VECTORS, VECTORS), {"eps": math.nan}, ValueError, "eps must .*, got nan"),
     "boolean": ((VECTORS, VECTORS), {"temperature": True}, ValueError, "temperature must .* number .*, got True"),
     "text": ((VECTORS, VECTORS), {"eps": "5e-2"}, ValueError, "eps must .* got '5e-2'; YAML"),
