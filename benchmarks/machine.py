@@ -8,6 +8,7 @@ import platform
 import re
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
@@ -43,9 +44,10 @@ def commit() -> str:
 
 def provenance(device: str | torch.device) -> dict[str, str]:
     """Device, versions, commit and date of a result."""
+    device = torch.device(device)
     return {
         "device": device_name(device),
-        "threads": str(torch.get_num_threads()),
+        "threads": "" if device.type == "cuda" else str(torch.get_num_threads()),
         "torch": torch.__version__,
         "mghf_loss": mghf_loss.__version__,
         "commit": commit(),
@@ -74,3 +76,31 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
     memory = sorted((event for event in events if event["name"] == "[memory]"), key=lambda event: event["ts"])
     before = memory[0]["args"]["Total Allocated"] - memory[0]["args"]["Bytes"]
     return max(event["args"]["Total Allocated"] for event in memory) - before
+
+
+def samples(run: Callable[[], object], device: torch.device, sample: float, budget: float) -> list[float]:
+    """Milliseconds of a call, of several samples of `sample` seconds within `budget` seconds."""
+
+    def seconds(calls: int) -> float:
+        synchronize(device)
+        start = time.perf_counter()
+        for _ in range(calls):
+            run()
+        synchronize(device)
+        return time.perf_counter() - start
+
+    run()
+    calls = max(1, round(sample / max(seconds(1), 1e-7)))
+    found: list[float] = []
+    start = time.perf_counter()
+    while len(found) < 5 or (len(found) < 50 and time.perf_counter() - start < budget):
+        found.append(seconds(calls) / calls * 1e3)
+        if time.perf_counter() - start > 4 * budget:
+            break
+    return found
+
+
+def percentiles(values: list[float]) -> list[float]:
+    """20th, 50th and 80th."""
+    levels = torch.tensor([0.2, 0.5, 0.8], dtype=torch.double)
+    return torch.tensor(values, dtype=torch.double).quantile(levels).tolist()

@@ -113,7 +113,7 @@ def distortions(gt: Tensor) -> Figure:
     criterion = MGHFLoss()
     terms = {name: _terms(criterion, image, gt) for name, image in images.items()}
     noise = terms["white noise"]
-    ratios = np.array([[row[term] / noise[term] for term in criterion.coefficients] for row in terms.values()])
+    ratios = np.array([[row[term] / noise[term] for term in noise] for row in terms.values()])
 
     figure = plt.figure(figsize=(10, 5.1), layout="constrained", dpi=110)
     rows: Any = figure.subfigures(2, 1, height_ratios=(1, 1.45))
@@ -125,14 +125,14 @@ def distortions(gt: Tensor) -> Figure:
     for (row, column), ratio in np.ndenumerate(ratios):
         dark = abs(math.log(ratio)) > 2 if ratio else True
         axis.text(column, row, f"{ratio:.2g}", ha="center", va="center", color="white" if dark else "black")
-    axis.set_xticks(range(len(criterion.coefficients)), list(criterion.coefficients))
+    axis.set_xticks(range(len(noise)), list(noise))
     axis.set_yticks(range(len(terms)), list(terms))
     bottom.colorbar(shown, ax=axis, label="term / that of white noise")
     return figure
 
 
 def _terms(criterion: MGHFLoss, sr: Tensor, gt: Tensor) -> Mapping[str, float]:
-    _, terms = criterion(sr, gt, return_terms=True, generator=torch.Generator().manual_seed(0))
+    _, terms = criterion(sr, gt, return_terms=True)
     return {name: value.item() for name, value in terms.items()}
 
 
@@ -143,7 +143,7 @@ def heatmap(gt: Tensor) -> Figure:
     sr[..., :middle, :middle] += 0.05 * torch.randn(gt.shape)[..., :middle, :middle]
     sr[..., :middle, middle:] = blur(gt, 0.3)[..., :middle, middle:]
     sr[..., middle:, :middle] = moved_details(gt)[..., middle:, :middle]
-    maps = MGHFLoss().heatmap(sr, gt, generator=torch.Generator().manual_seed(0))
+    maps = MGHFLoss().heatmap(sr, gt)
     figure, axes = panels(1, 1 + len(maps), title=0.5)
     panel(axes[0], sr, "SR: noise | blur\nmoved | equal to GT")
     for axis, (name, heat) in zip(axes[1:], maps.items(), strict=True):
@@ -170,7 +170,7 @@ def channel_weights(gt: Tensor) -> Figure:
 
 @torch.no_grad()
 def patch_nce(gt: Tensor) -> Figure:
-    """Similarity of one place of SR to all of GT on the medium level, and the weights of the negatives."""
+    """Similarity of one location of SR to all of GT on the medium level, and the weights of the negatives."""
     network = HighFrequencyINN.from_pretrained("bundled")
     sr = upscale(downscale(gt)).clamp(0, 1)
     levels = [network.features(2 * image - 1)[1] for image in (sr, gt)]
@@ -178,17 +178,19 @@ def patch_nce(gt: Tensor) -> Figure:
     height, width = levels[0].shape[-2:]
     query, key = (torch.nn.functional.normalize(level.flatten(2) * weights, dim=1) for level in levels)
     row, column = 17, 10  # the edge of an eye
-    place = row * width + column
-    similarity = query[0, :, place] @ key[0]
+    location = row * width + column
+    similarity = query[0, :, location] @ key[0]
     figure, axes = panels(1, 4, width=9)
-    panel(axes[0], sr, "SR and the place")
+    panel(axes[0], sr, "SR and the location")
     axes[0].plot(column * 4 + 2, row * 4 + 2, "o", markersize=9, fillstyle="none", color="yellow")
-    shown = panel(axes[1], similarity.reshape(height, width), "similarity to GT's places", cmap="RdBu", vmin=-1, vmax=1)
+    shown = panel(
+        axes[1], similarity.reshape(height, width), "similarity to GT's locations", cmap="RdBu", vmin=-1, vmax=1
+    )
     figure.colorbar(shown, ax=axes[1], shrink=0.7)
     for axis, (name, sign) in zip(axes[2:], {"hard": 1.0, "easy": -1.0}.items(), strict=True):
         f, g = transport_potentials(query, key, sign, 50, 1e-4)
-        negatives = (len(similarity) - 1) * (f[0, place] + sign * similarity + g[0]).exp()
-        negatives[place] = 0  # the positive is no negative
+        negatives = (len(similarity) - 1) * (f[0, location] + sign * similarity + g[0]).exp()
+        negatives[location] = 0  # the positive is no negative
         shown = panel(axis, negatives.reshape(height, width), f'weights, "{name}"', cmap="inferno", vmin=0, vmax=2.5)
         figure.colorbar(shown, ax=axis, shrink=0.7)
     return figure

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from mghf_loss._files import read_image
-from mghf_loss.toy import TRAINING_PHOTOGRAPHS, photograph
+from mghf_loss.toy import TRAINING_PHOTOGRAPHS, photograph, random_crop
 from mghf_loss.training.data import list_images
 
 
@@ -34,9 +34,7 @@ class RandomCrops(Dataset[Tensor]):
         if not 0 <= index < self.length:
             raise IndexError(index)
         generator = torch.Generator().manual_seed(1_000_003 * self.seed + index)
-        image = self.images[int(torch.randint(len(self.images), (), generator=generator))][0]
-        top, left = (int(torch.randint(side - self.size + 1, (), generator=generator)) for side in image.shape[-2:])
-        return image[:, top : top + self.size, left : left + self.size]
+        return random_crop(self.images, generator, self.size)[0]
 
 
 def positive(text: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,15 @@ import torch
 from PIL import Image
 
 from mghf_loss import HighFrequencyINN, INNConfig
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Run all of the files that the command line names: the fast tier is for `pytest` alone."""
+    if hasattr(config, "workerinput"):
+        return  # of xdist: the first process has decided
+    given = config.invocation_params.args
+    if config.args_source is pytest.Config.ArgsSource.ARGS and not any(str(word).startswith("-m") for word in given):
+        config.option.markexpr = ""
 
 
 @pytest.fixture(autouse=True)
@@ -52,6 +62,21 @@ def tiny_dino() -> torch.nn.Module:
         if name.endswith("gamma"):  # layer scales start at 1e-5: an untrained class token would not see the image
             torch.nn.init.ones_(parameter)
     return network.eval()
+
+
+@pytest.fixture(params=["avif", "dds"])
+def damaged(request) -> bytes:
+    """A damaged image for which Pillow raises no `OSError`."""
+    if f".{request.param}" not in Image.registered_extensions():
+        pytest.skip(f"this Pillow has no {request.param}")
+    buffer = io.BytesIO()
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(buffer, request.param)
+    data = buffer.getvalue()
+    if request.param == "dds":  # of an unknown pixel format
+        return data[:76] + b"\x20\0\0\0\x04\0\0\0ABCD" + data[88:]
+    start = data.index(b"mdat") + 4
+    return data[:start] + 200 * b"\xff" + data[start + 200 :]
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""A Hugging Face Hub on the loopback, and processes that load from it: nothing of the client library is replaced.
+"""A Hugging Face Hub on the loopback, and processes that load from it with the client library as it is.
 
 Run as a script it is such a process: `python hub.py '[["inn", "org/name"], ["dino", "hf-hub:org/name@v1"]]'` prints
 one outcome per request.
@@ -7,6 +7,7 @@ one outcome per request.
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import json
 import os
@@ -19,6 +20,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -40,6 +42,8 @@ class Hub:
         self.requests: list[tuple[str, str]] = []
         self._repositories: dict[tuple[str, str], dict[str, bytes]] = {}
         self._held: dict[str, int] = {}
+        self._failing: dict[str, tuple[int, str]] = {}
+        self._over = threading.Event()
         self._arrival = threading.Condition()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
@@ -50,6 +54,7 @@ class Hub:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._over.set()
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
@@ -65,6 +70,10 @@ class Hub:
     def hold(self, repo: str, file: str, heads: int) -> None:
         """Answer no GET of the file before so many HEADs of it: as many clients have to be loading it at once."""
         self._held[f"/{repo}/resolve/main/{file}"] = heads
+
+    def fail(self, repo: str, status: int, code: str = "") -> None:
+        """Answer every request about the repository with this status and error code; with status 0 do not answer."""
+        self._failing[repo] = status, code
 
     def count(self, method: str, repo: str, file: str, revision: str = "main") -> int:
         """Return how often the file was asked for."""
@@ -84,6 +93,11 @@ class Hub:
         return self._serve(**{key: unquote(value) for key, value in match.groupdict().items()}) if match else _error("")
 
     def _serve(self, repo: str, revision: str, file: str) -> tuple[int, dict[str, str], bytes]:
+        if repo in self._failing:
+            status, code = self._failing[repo]
+            if not status:
+                self._over.wait()
+            return _error(code, status=status)
         if repo not in {name for name, _ in self._repositories}:
             return _error("RepoNotFound")
         if (repo, revision) not in self._repositories:
@@ -115,8 +129,8 @@ class Hub:
         return _json({"commitOid": oid, "commitUrl": f"{self.url}/{match['repo']}/commit/{oid}", "success": True})
 
 
-def _error(code: str, headers: Mapping[str, str] | None = None) -> tuple[int, dict[str, str], bytes]:
-    return 404, {**(headers or {}), **({"X-Error-Code": code} if code else {})}, b""
+def _error(code: str, headers: Mapping[str, str] | None = None, status: int = 404) -> tuple[int, dict[str, str], bytes]:
+    return status, {**(headers or {}), **({"X-Error-Code": code} if code else {})}, b""
 
 
 def _json(value: object) -> tuple[int, dict[str, str], bytes]:
@@ -156,7 +170,9 @@ class Client:
     A request is a key of `OUTCOMES` and its function's arguments.
     """
 
-    def __init__(self, requests: list[list[str]], *, url: str, home: Path, offline: bool = False) -> None:
+    def __init__(
+        self, requests: list[list[str]], *, url: str, home: Path, offline: bool = False, etag_timeout: int = 10
+    ) -> None:
         kept = {
             name: value
             for name, value in os.environ.items()
@@ -167,6 +183,7 @@ class Client:
             "HF_HOME": str(home),
             "HF_HUB_OFFLINE": str(int(offline)),
             "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_HUB_ETAG_TIMEOUT": str(etag_timeout),
             "OMP_NUM_THREADS": "1",
         }
         self._requests = requests
@@ -178,6 +195,7 @@ class Client:
             text=True,
         )
 
+    @functools.cache  # noqa: B019
     def outcomes(self, timeout: float = 120) -> dict[tuple[str, ...], dict[str, Any]]:
         """Wait for the process and return, by request, `value` or `error` and `message`, and `seconds`."""
         output, errors = self._process.communicate(timeout=timeout)
@@ -219,6 +237,40 @@ def _inn(name: str) -> str:
     return fingerprint(HighFrequencyINN.from_pretrained(name))
 
 
+def _failures(*names: str) -> dict[str, str]:
+    """Return the messages of all names at once, since the client waits long between its attempts.
+
+    For an answer it would wait six times a minute: the one place where something of it is replaced.
+    """
+    from huggingface_hub import file_download
+
+    from mghf_loss import CheckpointError
+
+    file_download._ETAG_RETRY_TIMEOUT = 1
+
+    def fail(name: str) -> str:
+        try:
+            return _inn(name)
+        except CheckpointError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(len(names)) as pool:
+        return dict(zip(names, pool.map(fail, names), strict=True))
+
+
+def _damaged_cache(name: str) -> str:
+    """Load a network that was flipped by a bit after it had been downloaded."""
+    from huggingface_hub import hf_hub_download
+
+    _inn(name)
+    repo, _, revision = name.partition("@")
+    cached = Path(hf_hub_download(repo, "model.safetensors", revision=revision or None)).resolve()
+    data = bytearray(cached.read_bytes())
+    data[-1] ^= 1
+    cached.write_bytes(data)
+    return _inn(name)
+
+
 def _push(source: str, target: str) -> str:
     from mghf_loss import HighFrequencyINN
 
@@ -257,7 +309,15 @@ def _imports_timm(inn: str) -> bool:
     return "timm" in sys.modules
 
 
-OUTCOMES = {"inn": _inn, "push": _push, "dino": _dino, "imports_timm": _imports_timm, "python": _python}
+OUTCOMES = {
+    "inn": _inn,
+    "failures": _failures,
+    "damaged_cache": _damaged_cache,
+    "push": _push,
+    "dino": _dino,
+    "imports_timm": _imports_timm,
+    "python": _python,
+}
 
 
 def main() -> None:

@@ -15,6 +15,8 @@ import pytest
 import torch
 from PIL import Image
 
+pytestmark = pytest.mark.train
+
 if importlib.util.find_spec("basicsr") is None:
     pytest.skip("BasicSR is not installed: its sdist does not build on Python 3.13", allow_module_level=True)
 

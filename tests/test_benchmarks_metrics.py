@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import metrics
 
+pytestmark = pytest.mark.bench
 SIDE = metrics.LEAST_SIDE
 
 

@@ -5,14 +5,19 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import pickle
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load as load_tensors
@@ -20,7 +25,10 @@ from safetensors.torch import save as save_tensors
 
 from conftest import perturbed_inn
 from hub import Client, Hub, closed_url, fingerprint, jsd
-from mghf_loss import CheckpointError, DinoJSDLoss, HighFrequencyINN, checkpoints
+from mghf_loss import CheckpointError, DinoJSDLoss, HighFrequencyINN, INNConfig, checkpoints
+from mghf_loss._files import write_atomically
+
+pytestmark = [pytest.mark.process, pytest.mark.xdist_group("checkpoints")]  # share a Hub
 
 SMALL = {"levels": 1, "hidden": 4, "couplings": 1}
 DINO = "vit_small_patch14_dinov2.lvd142m"
@@ -35,6 +43,16 @@ def small_inn(seed: int, **config: Any) -> HighFrequencyINN:
 def files_of(network: HighFrequencyINN, folder: Path) -> dict[str, bytes]:
     network.save_pretrained(folder)
     return {file: (folder / file).read_bytes() for file in (CONFIG, MODEL)}
+
+
+def without_metadata(network: HighFrequencyINN) -> dict[str, bytes]:
+    """The files of a checkpoint whose configuration is in config.json alone, as they were written at first."""
+    model = save_tensors(network.state_dict())
+    return {CONFIG: json.dumps({**asdict(network.config), "sha256": sha256(model)}).encode(), MODEL: model}
+
+
+def flip_last_bit(data: bytes) -> bytes:
+    return data[:-1] + bytes([data[-1] ^ 1])
 
 
 def sha256(data: bytes) -> str:
@@ -64,6 +82,16 @@ def dino(name: str, **config: Any) -> torch.nn.Module:
     return network
 
 
+# What the Hub answers for a repository, and what the message says.
+FAILURES = {
+    "org/gated": (403, "GatedRepo", r"HTTP 403, access refused.*gated.*HF_TOKEN"),
+    "org/forbidden": (403, "", r"HTTP 403, access refused.*private"),
+    "org/private": (401, "RepoNotFound", r"HTTP 401, no such repository, or a private one.*hf auth login"),
+    "org/busy": (429, "", r"HTTP 429, too many requests: wait"),
+    "org/broken": (500, "", r"HTTP 500, the server failed: try again later"),
+    "org/stalled": (0, "", "the server does not answer: try again later"),
+}
+
 # The Hub. A process costs seconds, so one makes all requests of a kind and the tests look at their outcomes.
 
 
@@ -91,6 +119,17 @@ def refused(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Client, 
         yield client, url, home
 
 
+@pytest.fixture(scope="module", autouse=True)
+def failing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
+    """A client of a Hub that fails; likewise."""
+    home = tmp_path_factory.mktemp("failing")
+    with Hub() as hub:
+        for repo, (status, code, _) in FAILURES.items():
+            hub.fail(repo, status, code)
+        with Client([["failures", *FAILURES]], url=hub.url, home=home, etag_timeout=1) as client:
+            yield client
+
+
 @pytest.fixture(scope="module")
 def repositories(tmp_path_factory: pytest.TempPathFactory) -> Repositories:
     from timm.models._hub import save_for_hf
@@ -114,7 +153,9 @@ def repositories(tmp_path_factory: pytest.TempPathFactory) -> Repositories:
             ("org/net", "main"): good,
             ("org/net", "v1"): other,
             ("org/bundled", "main"): {file: (checkpoints.BUNDLED / file).read_bytes() for file in (CONFIG, MODEL)},
-            ("org/changed", "main"): {**good, MODEL: other[MODEL]},
+            ("org/refreshed", "main"): good,
+            ("org/old", "main"): without_metadata(main),
+            ("org/changed", "main"): {**good, MODEL: flip_last_bit(good[MODEL])},
             ("org/truncated", "main"): {**good, MODEL: good[MODEL][: len(good[MODEL]) // 2]},
             ("org/pickled", "main"): {CONFIG: good[CONFIG], PICKLE: malicious},
             (f"timm/{DINO}", "main"): {MODEL: weights, PICKLE: malicious},
@@ -151,6 +192,8 @@ def online(repositories: Repositories, home: Path) -> Answers:
         ["inn", "org/truncated"],
         ["inn", "org/pickled"],
         ["inn", "org/nothing"],
+        ["inn", "org/old"],
+        ["damaged_cache", "org/refreshed"],
         ["push", "org/net", "org/pushed"],
         ["dino", DINO],
         ["dino", "hf-hub:org/tiny-dino@v1"],
@@ -181,6 +224,7 @@ def offline(online: Answers, home: Path) -> dict[tuple[str, ...], dict[str, Any]
         ["dino", "hf-hub:org/tiny-dino@v1"],
         ["dino", "hf-hub:org/absent@v2"],
         ["dino", "vit_small_patch14_reg4_dinov2"],
+        ["damaged_cache", "org/net@v1"],
     ]
     with Client(requests, url=online.hub.url, home=home, offline=True) as client:
         return client.outcomes()
@@ -233,12 +277,53 @@ def test_unknown_repository_is_named(online: Answers):
     assert online.hub.url in message
 
 
+def test_a_network_without_metadata_is_read_with_its_config(online: Answers, repositories: Repositories):
+    assert online.outcomes["inn", "org/old"].get("value") == repositories.expected["main"], online.outcomes
+
+
+@pytest.mark.parametrize("repo", FAILURES)
+def test_what_the_server_answers_is_said(failing: Client, repo: str):
+    (outcome,) = failing.outcomes().values()
+    message = outcome["value"][repo]
+    assert re.search(FAILURES[repo][2], message), message
+    assert f"{CONFIG} of {repo}" in message
+
+
 @pytest.mark.parametrize("repo", ["org/changed", "org/truncated"])
-def test_hub_file_of_another_hash_names_both_and_the_remedy(online: Answers, repositories: Repositories, repo: str):
-    files = repositories.files[repo, "main"]
+def test_file_that_is_damaged_on_the_hub_is_named_with_a_remedy(online: Answers, repo: str):
     message = failure(online.outcomes["inn", repo])
-    for part in (repo, sha256(files[MODEL]), json.loads(files[CONFIG])["sha256"], "download"):
-        assert part in message
+    assert f"`hf download {repo} --force-download`" in message
+    assert online.hub.count("GET", repo, MODEL) == 2
+
+
+def test_hub_file_of_another_hash_names_both(online: Answers, repositories: Repositories):
+    good, changed = (load_tensors(repositories.files[f"org/{name}", "main"][MODEL]) for name in ("net", "changed"))
+    message = failure(online.outcomes["inn", "org/changed"])
+    for tensors in (good, changed):
+        assert checkpoints._digest(asdict(small_inn(1).config), tensors) in message
+
+
+def test_file_that_is_damaged_in_the_cache_is_downloaded_again(online: Answers, repositories: Repositories):
+    assert online.outcomes["damaged_cache", "org/refreshed"].get("value") == repositories.expected["main"], online
+    assert online.hub.count("GET", "org/refreshed", MODEL) == 2
+
+
+def test_file_that_is_damaged_in_the_cache_names_the_remedy_offline(offline: dict):
+    message = failure(offline["damaged_cache", "org/net@v1"])
+    assert "truncated or was changed" in message
+    assert "`hf download org/net --revision v1 --force-download`" in message
+
+
+@pytest.mark.parametrize("revision", ["../../net", "v1/../../../net", "/net", "a..b"])
+def test_revision_that_leaves_the_cache_is_refused(revision: str, tmp_path: Path):
+    message = f"revision must be .* without '..', got '{re.escape(revision)}'"
+    with pytest.raises(CheckpointError, match=message):
+        HighFrequencyINN.from_pretrained("org/net", revision=revision, cache_dir=tmp_path)
+    with pytest.raises(CheckpointError, match=message):
+        HighFrequencyINN.from_pretrained(f"org/net@{revision}", cache_dir=tmp_path)
+    with pytest.raises(CheckpointError, match=message):
+        DinoJSDLoss(f"hf-hub:org/net@{revision}")
+    assert not list(tmp_path.iterdir())
 
 
 def test_missing_model_file_is_named_and_no_pickle_asked_for(online: Answers, repositories: Repositories):
@@ -335,6 +420,7 @@ def test_truncated_dino_is_called_damaged_and_not_missing(online: Answers):
     message = failure(online.outcomes["dino", "hf-hub:org/truncated-dino"])
     assert "org/truncated-dino" in message
     assert "damaged or of another network" in message
+    assert "`hf download org/truncated-dino --force-download`" in message
     assert "not in the cache" not in message
 
 
@@ -369,12 +455,72 @@ def test_saved_network_is_loaded_bit_for_bit(tmp_path: Path, config: dict):
         assert fingerprint(loaded) == fingerprint(network)
 
 
-def test_saved_config_holds_the_hash_and_files_are_readable_by_others(tmp_path: Path):
+def test_saved_config_holds_the_hash(tmp_path: Path):
     files = files_of(small_inn(1), tmp_path)
     assert json.loads(files[CONFIG])["sha256"] == sha256(files[MODEL])
-    (tmp_path / "plain").touch()
-    modes = {(tmp_path / file).stat().st_mode for file in (CONFIG, MODEL, "plain")}
-    assert len(modes) == 1
+
+
+def test_equal_networks_are_saved_as_equal_files(tmp_path: Path):
+    assert files_of(small_inn(1), tmp_path / "one") == files_of(small_inn(1), tmp_path / "other")
+
+
+def test_the_parameter_file_alone_is_a_checkpoint(tmp_path: Path):
+    network = small_inn(1, clamp=3)
+    network.save_pretrained(tmp_path)
+    moved = (tmp_path / MODEL).rename(tmp_path.parent / "alone.safetensors")
+    loaded = HighFrequencyINN.from_pretrained(moved)
+    assert loaded.config == network.config
+    assert fingerprint(loaded) == fingerprint(network)
+
+
+def test_a_reader_sees_one_of_two_saves_at_any_moment(tmp_path: Path, monkeypatch):
+    """After every move of a file, which is where a kill would leave the folder, too."""
+    old, new = small_inn(1), small_inn(2, hidden=5)
+    old.save_pretrained(tmp_path)
+    replace, seen = Path.replace, []
+
+    def replace_and_read(path: Path, target: Path) -> Path:
+        moved = replace(path, target)
+        loaded = HighFrequencyINN.from_pretrained(tmp_path)
+        seen.append((loaded.config, fingerprint(loaded)))
+        return moved
+
+    monkeypatch.setattr(Path, "replace", replace_and_read)
+    new.save_pretrained(tmp_path)
+    assert len(seen) == 2
+    assert set(seen) <= {(network.config, fingerprint(network)) for network in (old, new)}
+
+
+def test_files_get_the_permissions_of_the_umask_which_is_never_set(tmp_path: Path, monkeypatch):
+    old = os.umask(0o027)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "umask", None)  # other threads would make files with it
+            small_inn(1).save_pretrained(tmp_path)
+    finally:
+        os.umask(old)
+    assert {(tmp_path / file).stat().st_mode & 0o777 for file in (CONFIG, MODEL)} == {0o640}
+
+
+def test_next_save_removes_what_a_killed_one_left_and_nothing_of_a_running_one(tmp_path: Path):
+    pytest.importorskip("fcntl")
+    killed = """
+import os, pathlib, sys
+from mghf_loss._files import write_atomically
+write_atomically(pathlib.Path(sys.argv[1]), lambda path: os.kill(os.getpid(), 9))
+"""
+    process = subprocess.run([sys.executable, "-c", killed, str(tmp_path / MODEL)], capture_output=True)
+    assert process.returncode == -9, process.stderr
+    (abandoned,) = tmp_path.iterdir()
+
+    def save_meanwhile(running: Path) -> None:
+        running.write_text("whole")
+        small_inn(1).save_pretrained(tmp_path)
+        assert running.exists()
+        assert not abandoned.exists()
+
+    write_atomically(tmp_path / "other", save_meanwhile)
+    assert {path.name for path in tmp_path.iterdir()} == {CONFIG, MODEL, "README.md", "other"}
 
 
 def test_bundled_is_the_default_and_a_checkpoint_like_any_other(tmp_path: Path):
@@ -405,10 +551,19 @@ def truncated(folder: Path) -> Path:
 
 
 def flipped_bit(folder: Path) -> Path:
-    data = bytearray((folder / MODEL).read_bytes())
-    data[-1] ^= 1
-    (folder / MODEL).write_bytes(data)
+    (folder / MODEL).write_bytes(flip_last_bit((folder / MODEL).read_bytes()))
     return folder
+
+
+def changed_metadata(folder: Path) -> Path:
+    data = (folder / MODEL).read_bytes()
+    assert data.count(b'clamp\\": 2.0') == 1
+    (folder / MODEL).write_bytes(data.replace(b'clamp\\": 2.0', b'clamp\\": 3.0'))
+    return folder
+
+
+def nested_metadata(folder: Path) -> Path:
+    return write_model(folder, save_tensors({}, {checkpoints.METADATA_KEY: "[" * 100_000}))
 
 
 def no_model(folder: Path) -> Path:
@@ -433,6 +588,11 @@ def binary_as_config(folder: Path) -> Path:
 
 def list_as_config(folder: Path) -> Path:
     (folder / CONFIG).write_text("[1, 2]")
+    return folder
+
+
+def nested_config(folder: Path) -> Path:
+    (folder / CONFIG).write_text("[" * 100_000)
     return folder
 
 
@@ -465,6 +625,20 @@ def missing_tensor(folder: Path) -> Path:
     return write_model(folder, save_tensors(tensors))
 
 
+def not_finite(folder: Path, value: float) -> Path:
+    tensors = load_tensors((folder / MODEL).read_bytes())
+    next(value for name, value in tensors.items() if name.endswith("matrix"))[0, 0] = value
+    return write_model(folder, save_tensors(tensors))
+
+
+def nan(folder: Path) -> Path:
+    return not_finite(folder, math.nan)
+
+
+def infinite(folder: Path) -> Path:
+    return not_finite(folder, math.inf)
+
+
 def pickle_in_place(folder: Path) -> Path:
     return write_model(folder, pickle.dumps(MakesFolder(folder / "unpickled")))
 
@@ -479,32 +653,86 @@ def pth_file(folder: Path) -> Path:
 
 
 DAMAGES = [
-    (truncated, "sha256 is .* says .* truncated or was changed"),
-    (flipped_bit, "sha256 is .* says .* truncated or was changed"),
+    (truncated, "cannot read its parameters: SafetensorError"),
+    (flipped_bit, "sha256 is .* but its metadata says .* truncated or was changed"),
+    (changed_metadata, "sha256 is .* but its metadata says .* truncated or was changed"),
+    (nested_metadata, "cannot read its config.json: RecursionError"),
     (no_model, "cannot read its parameters: .*model.safetensors"),
+    (pth_file, r"no \.safetensors file.*pickles.* never loaded"),
+]
+DAMAGES_WITHOUT_METADATA = [
+    (truncated, "cannot read its parameters: SafetensorError"),
+    (flipped_bit, "sha256 is .* but config.json says .* truncated or was changed"),
     (no_config, "cannot read its config.json: .*No such file"),
     (text_as_config, "cannot read its config.json"),
     (binary_as_config, "cannot read its config.json"),
+    (nested_config, "cannot read its config.json: RecursionError"),
     (list_as_config, "config.json must hold an object, got list"),
-    (foreign_field, "fields .*'architecture'.* expected .*'clamp'"),
-    (missing_field, "fields .*, expected .*'hidden'"),
+    (foreign_field, "fields .*'architecture'.* not .*'clamp'"),
+    (missing_field, "fields .*, not .*'hidden'"),
     (impossible_value, "variant must be .*'cube'"),
-    (value_of_another_type, "'clamp': 'two'"),
-    (other_shape, r"'hidden': 16.*size mismatch"),
-    (missing_tensor, "Missing key.*matrix"),
-    (pickle_in_place, "no readable safetensors file"),
-    (cut_off_before_hashing, "no readable safetensors file"),
-    (pth_file, r"no \.safetensors file.*pickles.* never loaded"),
+    (value_of_another_type, "clamp must be .*'two'"),
+    (other_shape, r"tensors are missing, unknown or of another shape: .* is \[4\], not \[16\]"),
+    (missing_tensor, "1 tensors are missing.*matrix is None, not"),
+    (nan, "matrix is not finite"),
+    (infinite, "matrix is not finite"),
+    (pickle_in_place, "cannot read its parameters: SafetensorError"),
+    (cut_off_before_hashing, "cannot read its parameters: SafetensorError"),
 ]
 
 
-@pytest.mark.parametrize(("damage", "says"), DAMAGES, ids=[damage.__name__ for damage, _ in DAMAGES])
-def test_damaged_checkpoint_is_refused_by_name(tmp_path: Path, damage: Callable[[Path], Path], says: str):
+@pytest.mark.parametrize(
+    ("metadata", "damage", "says"),
+    [(True, *row) for row in DAMAGES] + [(False, *row) for row in DAMAGES_WITHOUT_METADATA],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_damaged_checkpoint_is_refused_by_name(
+    tmp_path: Path, metadata: bool, damage: Callable[[Path], Path], says: str
+):
     small_inn(1).save_pretrained(tmp_path)
+    if not metadata:
+        for file, data in without_metadata(small_inn(1)).items():
+            (tmp_path / file).write_bytes(data)
     name = damage(tmp_path)
     with pytest.raises(CheckpointError, match=f"(?s){re.escape(str(name))}.*{says}"):
         HighFrequencyINN.from_pretrained(name)
     assert not (tmp_path / "unpickled").exists()
+
+
+ABSURD = [
+    ({"couplings": 10**5}, "couplings must be .* at most 100, got 100000"),
+    ({"levels": 10**30}, "levels must be .* at most 12, got 10"),
+    ({"levels": 1e30}, "levels must be an integer"),
+    ({"variant": "packet", "levels": 6}, "levels must be .* at most 5, got 6"),
+    ({"hidden": 10**9}, "hidden must be .* at most 16384"),
+    ({"clamp": math.inf}, "clamp must be .* below 80, got inf"),
+    ({"clamp": 1e300}, "clamp must be .* below 80"),
+    ({"noise_floor": math.nan}, "noise_floor must be"),
+]
+
+
+@pytest.mark.parametrize(("change", "says"), ABSURD)
+def test_absurd_configuration_is_refused_before_anything_is_built(tmp_path: Path, monkeypatch, change: dict, says: str):
+    for file, data in without_metadata(small_inn(1)).items():
+        (tmp_path / file).write_bytes(data)
+    write_config(tmp_path, **change)
+    monkeypatch.setattr("mghf_loss.inn.Level", None)
+    with pytest.raises(CheckpointError, match=f"{re.escape(str(tmp_path))}.*{says}"):
+        HighFrequencyINN.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=says):
+        INNConfig(**change)
+
+
+def test_numpy_numbers_are_numbers():
+    config = INNConfig(levels=np.int64(2), hidden=np.int32(4), clamp=np.float32(2.5))
+    assert config == INNConfig(levels=2, hidden=4, clamp=2.5)
+    assert json.loads(json.dumps(asdict(config)))["levels"] == 2
+
+
+@pytest.mark.parametrize("name", ["a" * 5000, "~nobody-of-this-name/net"])
+def test_name_that_the_system_refuses_is_a_checkpoint_error(name: str):
+    with pytest.raises(CheckpointError, match="cannot look for checkpoint"):
+        HighFrequencyINN.from_pretrained(name)
 
 
 @pytest.mark.parametrize(

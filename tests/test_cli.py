@@ -66,6 +66,7 @@ def test_info_names_versions_checkpoint_and_path(capsys):
         assert part in out
 
 
+@pytest.mark.train
 def test_demo_writes_table_and_pictures(tmp_path, capsys):
     out = tmp_path / "demo"
     assert cli.main(["demo", "--steps", "10", "--out", str(out), "--device", "cpu"]) == 0
@@ -92,6 +93,7 @@ def test_train_inn_trains_and_resumes_nothing_new(tmp_path, capsys):
     assert MGHFLoss(inn=tmp_path / "inn")(torch.rand(1, 3, 8, 8), torch.rand(1, 3, 8, 8)) > 0
 
 
+@pytest.mark.train
 def test_eval_inn_prints_and_writes_tables_and_figures(tmp_path, capsys):
     images, out = tmp_path / "images", tmp_path / "evaluation"
     images.mkdir()
@@ -220,6 +222,7 @@ def test_a_missing_extra_is_named(command, module, extra, pair, tmp_path, monkey
     assert f"pip install 'mghf-loss[{extra}]'" in capsys.readouterr().err
 
 
+@pytest.mark.process
 def test_the_installed_command_answers():
     command = Path(sys.executable).parent / "mghf-loss"
     done = subprocess.run([command, "compare", "none.png", "none.png"], capture_output=True, text=True)

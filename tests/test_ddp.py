@@ -1,4 +1,4 @@
-"""Two gloo processes train a small SR model with the loss inside the wrapped module."""
+"""Two gloo processes train a small SR model with the loss inside the wrapped module, or prepared by Accelerate."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
+from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mghf_loss import HighFrequencyINN, INNConfig, MGHFLoss
 from mghf_loss.criterion import Memory
+
+pytestmark = pytest.mark.process
 
 
 class Step(nn.Module):
@@ -63,3 +66,28 @@ def test_ranks_train_and_agree(tmp_path: Path, memory: Memory):
     for rank in ranks:
         assert rank["losses"][-1] < rank["losses"][0]
     assert ranks[0]["losses"] != ranks[1]["losses"]
+
+
+def prepare(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    try:
+        accelerator = Accelerator(cpu=True)
+        assert accelerator.num_processes == 2
+        step = accelerator.prepare(Step("normal"))
+        accelerator.backward(step(torch.rand(1, 3, 16, 16)))
+        assert all(parameter.grad is not None for parameter in step.parameters())
+        criterion = MGHFLoss()
+        with pytest.raises(RuntimeError, match="DistributedDataParallel is not needed"):  # several GPUs: taken as it is
+            accelerator.prepare(criterion)
+        assert criterion(*torch.rand(2, 1, 3, 16, 16).unbind(0)) > 0  # the way to use it
+        Path(folder, f"rank{rank}").touch()
+    finally:
+        dist.destroy_process_group()
+
+
+def test_accelerate_prepares_a_loss_inside_a_module_and_says_that_one_alone_needs_nothing(tmp_path: Path):
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    mp.spawn(prepare, args=(str(tmp_path),), nprocs=2)
+    assert {path.name for path in tmp_path.glob("rank*")} == {"rank0", "rank1"}

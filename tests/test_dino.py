@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 
 import numpy as np
 import pytest
+import timm
 import torch
 from scipy.spatial.distance import jensenshannon
 from scipy.special import softmax
@@ -89,6 +92,8 @@ def test_images_are_resized_to_the_nearest_multiple_of_the_patch(size, resized, 
     [
         ({"tokens": "all"}, "tokens must be one of .* got 'all'"),
         ({"temperature": 0.0}, "temperature must be a finite number above 0, got 0.0"),
+        ({"temperature": math.inf}, "temperature must be a finite number above 0, got inf"),
+        ({"temperature": True}, "temperature must be a finite number above 0, got True"),
         ({"reduction": "max"}, "reduction must be one of .* got 'max'"),
         ({"model": torch.nn.Linear(2, 2)}, "model must be a timm vision transformer, got Linear"),
     ],
@@ -96,3 +101,50 @@ def test_images_are_resized_to_the_nearest_multiple_of_the_patch(size, resized, 
 def test_bad_options_are_refused_by_name(options, message, tiny_dino):
     with pytest.raises(ValueError, match=message):
         DinoJSDLoss(**{"model": tiny_dino, **options})
+
+
+def vit(name: str = "vit_small_patch14_dinov2.lvd142m", **options) -> torch.nn.Module:
+    return timm.create_model(name, pretrained=False, num_classes=0, embed_dim=32, depth=1, num_heads=2, **options)
+
+
+WITHOUT_CLASS_TOKEN = {"name": "vit_base_patch16_siglip_224", "img_size": 32, "dynamic_img_size": True}
+
+
+def test_class_token_of_a_model_without_one_is_refused():
+    """Its first token is a patch."""
+    with pytest.raises(ValueError, match='the model has no class token: use tokens="patch"'):
+        DinoJSDLoss(vit(**WITHOUT_CLASS_TOKEN))
+
+
+def test_patch_tokens_of_a_model_without_class_token_are_all_compared():
+    image = torch.rand(1, 3, 48, 32)
+    assert DinoJSDLoss(vit(**WITHOUT_CLASS_TOKEN), tokens="patch").embed(image).shape == (1, 6, 32)
+
+
+def test_registers_are_no_patches():
+    registers = vit("vit_small_patch14_reg4_dinov2.lvd142m", img_size=28, dynamic_img_size=True)
+    assert DinoJSDLoss(registers, tokens="patch").embed(torch.rand(1, 3, 28, 42)).shape == (1, 6, 32)
+
+
+def test_model_of_one_size_is_refused_with_the_remedy():
+    with pytest.raises(ValueError, match=r"one size alone: build it with timm.create_model\(.*dynamic_img_size=True\)"):
+        DinoJSDLoss(vit(img_size=28))
+
+
+def test_half_precision_of_a_model_or_a_loss_computes_in_float32(tiny_dino):
+    sr, gt = torch.rand(2, 1, 3, 28, 28).unbind(0)
+    criterion = DinoJSDLoss(tiny_dino)
+    expected = criterion(sr, gt)
+    assert torch.equal(criterion.half()(sr, gt), expected)
+    assert torch.equal(criterion.to("meta").bfloat16().to_empty(device="cpu")(sr, gt), expected)
+    assert criterion(sr.half(), gt.half()).dtype == torch.float32
+    assert DinoJSDLoss(tiny_dino.half())(sr, gt).dtype == torch.float32
+    torch.testing.assert_close(criterion.double()(sr.double(), gt.double()).float(), expected, rtol=1e-2, atol=1e-6)
+
+
+def test_copies_compute_the_same(tiny_dino):
+    sr, gt = torch.rand(2, 1, 3, 28, 28).unbind(0)
+    criterion = DinoJSDLoss(tiny_dino)
+    assert not criterion.state_dict()
+    for twin in (copy.deepcopy(criterion), pickle.loads(pickle.dumps(criterion))):
+        assert torch.equal(twin(sr, gt), criterion(sr, gt))

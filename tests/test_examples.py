@@ -18,6 +18,8 @@ from torch.utils.data import DataLoader
 from mghf_loss import HighFrequencyINN, MGHFLoss
 from mghf_loss.toy import SmallSR, downscale, upscale
 
+pytestmark = pytest.mark.train
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SMALL = ["--steps", "2", "--batch", "2"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}

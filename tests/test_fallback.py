@@ -115,12 +115,25 @@ def test_a_compilation_error_falls_back_and_is_told_with_its_cause(monkeypatch):
         assert choose(monkeypatch, kernel)(SR, GT) == "formula"
 
 
-def test_out_of_memory_is_no_reason_to_take_more_memory(monkeypatch):
-    def kernel(*_):
-        raise torch.cuda.OutOfMemoryError("no memory")
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.cuda.OutOfMemoryError("no memory"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+        RuntimeError("CUDA error: operation not permitted when stream is capturing"),
+    ],
+)
+def test_what_may_pass_is_raised_and_not_remembered(error, monkeypatch):
+    with pytest.raises(type(error)):
+        choose(monkeypatch, lambda *_: fail(error))(SR, GT)
+    assert not cuda.failures
 
-    with pytest.raises(torch.cuda.OutOfMemoryError):
-        choose(monkeypatch, kernel)(SR, GT)
+
+def test_more_images_than_a_grid_has_rows_take_the_formula(monkeypatch):
+    run = choose(monkeypatch, lambda *_: "kernel")
+    sr, gt = torch.rand(2, 65536, 1, 1).unbind(0)
+    assert run(sr[1:], gt[1:]) == "kernel"
+    assert run(sr, gt) == "formula"
 
 
 @pytest.mark.parametrize(

@@ -131,6 +131,19 @@ def test_changed_settings_compute_anew(build, seen):
         assert passes(criterion, sr, gt, seen) == 2
 
 
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_replaced_network_computes_anew(name, build, seen):
+    criterion = build(name)
+    sr, gt = pair()
+    criterion(sr, gt)
+    frozen = criterion.inn if name != "DinoJSDLoss" else criterion.network
+    other = copy.deepcopy(frozen.network)
+    with torch.no_grad():
+        next(other.parameters()).mul_(2)
+    frozen.network = other
+    assert passes(criterion, sr, gt, seen) == (3 if name == "MGHFLoss" else 2)  # DINO's of GT is kept
+
+
 def test_autocast_is_a_setting(build, seen):
     """DINO computes in the dtype of autocast."""
     criterion = build("DinoJSDLoss")
@@ -203,6 +216,7 @@ def test_inference_mode_leaves_nothing_for_a_training_step(build, seen):
     assert [passes(criterion, sr.detach(), inner, seen) for _ in range(2)] == [2, 2]  # counts no versions
 
 
+@pytest.mark.compile
 def test_compiled_it_computes_in_every_call(build):
     criterion = build("MGHFnLoss")
     sr, gt = pair()

@@ -23,7 +23,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger  # noqa: E402
 from mghf_loss.integrations.lightning import MGHFLogger  # noqa: E402
 
 # Lightning's and TensorBoard's own, about workers, devices and their dependencies.
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.train, pytest.mark.filterwarnings("ignore")]
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

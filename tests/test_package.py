@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import ast
+import doctest
+import importlib
+import inspect
+import os
 import re
 import subprocess
 import sys
@@ -67,13 +71,39 @@ def imports(path: Path) -> set[str]:
     parents = name.split(".") if name else []
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.level:
-            up = node.level - is_package
-            base = parents[: len(parents) - up] + (node.module.split(".") if node.module else [])
+        if isinstance(node, ast.ImportFrom):
+            module = node.module.split(".") if node.module else []
+            if node.level:
+                base = [*parents[: len(parents) - node.level + is_package], *module]
+            elif module[0] == "mghf_loss":
+                base = module[1:]
+            else:
+                continue
             for alias in node.names:
                 candidate = ".".join([*base, alias.name])
                 found.add(candidate if candidate in FLOORS else ".".join(base))
+        elif isinstance(node, ast.Import):
+            modules = [alias.name.split(".") for alias in node.names]
+            found |= {".".join(module[1:]) for module in modules if module[0] == "mghf_loss"}
     return found
+
+
+@pytest.mark.parametrize(
+    ("statement", "expected"),
+    [
+        ("from .. import _checks", {"_checks"}),
+        ("from . import nce", {"ops.nce"}),
+        ("from .nce import patch_nce", {"ops.nce"}),
+        ("from mghf_loss import terms, MGHFLoss", {"terms", ""}),
+        ("from mghf_loss.terms import content", {"terms"}),
+        ("import torch, mghf_loss.mghf as m", {"mghf"}),
+        ("import mghf_loss", {""}),
+        ("from torch import nn", set()),
+    ],
+)
+def test_every_way_to_import_is_seen(statement, expected, monkeypatch):
+    monkeypatch.setattr(Path, "read_text", lambda _: f"def f():\n    {statement}")
+    assert imports(SOURCE / "ops" / "cuda.py") == expected
 
 
 @pytest.mark.parametrize("path", sorted(SOURCE.rglob("*.py")), ids=module_name)
@@ -106,15 +136,25 @@ def test_only_the_network_knows_freia():
     assert sorted(knows) == ["coupling.py", "inn.py"]
 
 
-def test_import_is_light():
+def test_import_is_light_and_works_from_a_source_tree():
+    """Without site-packages' metadata: PYTHONPATH alone knows the package."""
     program = """
-import sys, time, torch
+import importlib.metadata, sys, torch
 before = set(sys.modules)
+def no_metadata(name): raise importlib.metadata.PackageNotFoundError(name)
+importlib.metadata.version = importlib.metadata.distribution = no_metadata
 import mghf_loss
+assert mghf_loss.__file__.startswith(sys.argv[1]) and mghf_loss.__version__
 new = set(sys.modules) - before
 print(",".join(sorted({name.split(".")[0] for name in new})))
 """
-    new = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    new = subprocess.run(
+        [sys.executable, "-c", program, str(SOURCE)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": str(SOURCE.parent)},
+    ).stdout
     heavy = {
         "triton",
         "timm",
@@ -135,10 +175,29 @@ def test_public_names_exist_and_are_documented():
     for name in mghf_loss.__all__:
         value = getattr(mghf_loss, name)
         assert name == "__version__" or value.__doc__, name
+    assert dir(mghf_loss) == mghf_loss.__all__
     with pytest.raises(AttributeError, match="no attribute 'VGGLoss'"):
         mghf_loss.VGGLoss  # noqa: B018
 
 
+@pytest.mark.parametrize("name", ["criterion", "mghf", "dino", "terms", "inn"])
+def test_examples_of_docstrings_run(name):
+    module = importlib.import_module(f"mghf_loss.{name}")
+    losses = {loss: getattr(mghf_loss, loss) for loss in ("MGHFLoss", "MGHFnLoss")}
+    results = doctest.testmod(module, extraglobs=losses)
+    assert results.attempted > 0
+    assert results.failed == 0
+
+
+def test_what_one_calls_has_an_example():
+    public = [mghf_loss.MGHFLoss, mghf_loss.MGHFnLoss, mghf_loss.DinoJSDLoss, mghf_loss.HighFrequencyINN]
+    public += [mghf_loss.MGHFLoss.set_coefficients, mghf_loss.MGHFLoss.heatmap]
+    functions = inspect.getmembers(mghf_loss.terms, inspect.isfunction)
+    public += [f for name, f in functions if f.__module__ == "mghf_loss.terms" and name[0] != "_" and name != "reduce"]
+    assert [thing.__qualname__ for thing in public if ">>>" not in (thing.__doc__ or "")] == []
+
+
+@pytest.mark.process
 def test_wheel_holds_checkpoint_and_type_marker(tmp_path):
     subprocess.run(
         [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import re
 import runpy
@@ -28,6 +29,7 @@ from hub import Client, Hub
 from mghf_loss import MGHFLoss, cli
 from mghf_loss.dino import DEFAULT_MODEL
 
+pytestmark = pytest.mark.docs
 REPOSITORY = Path(__file__).parents[1]
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
 # "{.python}" is a whole file, included when the site is built: ruff, which formats Python in Markdown, leaves it alone.
@@ -118,13 +120,29 @@ def test_reasons_for_not_running_are_of_commands_that_exist():
 
 @pytest.mark.parametrize("page", pages_with("{.python}"))
 def test_included_programs_are_examples_that_a_test_runs(page: Path):
-    tests = "".join((REPOSITORY / "tests" / f"test_{name}.py").read_text() for name in ("examples", "lightning"))
+    run_by_tests = examples_run_by_tests()
     for block in blocks(page):
         if block.info == "{.python}":
             match = re.fullmatch(r'--8<-- "examples/(\w+)\.py"\n', block.content)
             assert match
             assert (REPOSITORY / "examples" / f"{match[1]}.py").is_file()
-            assert match[1] in tests
+            assert match[1] in run_by_tests
+
+
+def examples_run_by_tests() -> set[str]:
+    """Return what test functions give to `example` and `main`, and the names of the files in their commands."""
+    names = set()
+    for file in ("examples", "lightning"):
+        for test in ast.walk(ast.parse((REPOSITORY / "tests" / f"test_{file}.py").read_text())):
+            if not isinstance(test, ast.FunctionDef) or not test.name.startswith("test_"):
+                continue
+            for node in ast.walk(test):
+                match node:
+                    case ast.Call(ast.Name("example" | "main"), [ast.Constant(str(name)), *_]):
+                        names.add(name)
+                    case ast.Constant(str(name)) if name.endswith(".py"):
+                        names.add(Path(name).stem)
+    return names
 
 
 @pytest.mark.parametrize("page", pages_with("yaml", "toml"))
@@ -175,6 +193,7 @@ def python_outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[
             return {page_name(page): outcome for page, outcome in zip(folders, client.outcomes().values(), strict=True)}
 
 
+@pytest.mark.xdist_group("readme")  # shares the fixture
 @pytest.mark.parametrize("page", pages_with("python"))
 def test_python_runs(page: Path, python_outcomes: dict[str, dict[str, Any]]):
     if page.stem == "basicsr" and not find_spec("basicsr"):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -19,10 +18,13 @@ from PIL import Image
 
 from conftest import perturbed_inn
 from mghf_loss import HighFrequencyINN, INNConfig, checkpoints
+from mghf_loss._files import LOCK_FILE
 from mghf_loss.coupling import Bottleneck
 from mghf_loss.training.data import Cropping, FolderCrops, list_images, slot_seed
 from mghf_loss.training.loop import SAMPLES_FILE, STATE_FILE, TrainConfig, train_inn
 from mghf_loss.training.objective import GREY_LEVEL, add_noise, bits_per_detail, code_length
+
+pytestmark = pytest.mark.train
 
 NETWORK = INNConfig(levels=2, hidden=8, couplings=1)
 SMALL = ["--crop", "16", "--batch", "2", "--levels", "2", "--hidden", "8", "--couplings", "1", "--cpu"]
@@ -145,7 +147,13 @@ class KilledError(Exception):
     pass
 
 
-def assert_resumes_to_the_same_parameters(config: TrainConfig, kill_after: int, monkeypatch) -> None:
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_interrupted_run_resumes_to_the_same_parameters(image_folder, stream, monkeypatch):
+    """From a folder, and from a data set, of which what was consumed is passed over; between two saves."""
+    config = configuration(image_folder, steps=5)
+    if stream:
+        options = {"dataset": str(image_folder / "nested"), "streaming": True, "dead_leaves": 0.3, "held_out": 1}
+        config = replace(config, images=None, **options)
     undisturbed = train(config)
     resumed_config = replace(config, out=config.out.parent / "resumed")
     steps = 0
@@ -153,7 +161,7 @@ def assert_resumes_to_the_same_parameters(config: TrainConfig, kill_after: int, 
 
     def dying_step(self, *args, **kwargs):
         nonlocal steps
-        if steps == kill_after:
+        if steps == 3:
             raise KilledError
         steps += 1
         return step(self, *args, **kwargs)
@@ -167,39 +175,50 @@ def assert_resumes_to_the_same_parameters(config: TrainConfig, kill_after: int, 
         assert torch.equal(got, want)
 
 
-@pytest.mark.parametrize("kill_after", [1, 3, 5])
-def test_an_interrupted_run_resumes_to_the_same_parameters(image_folder, kill_after, monkeypatch):
-    assert_resumes_to_the_same_parameters(configuration(image_folder), kill_after, monkeypatch)
-
-
-def test_a_process_killed_at_a_random_step_resumes_to_the_same_parameters(image_folder):
-    """SIGKILL, whenever it comes; in PyTorch's deterministic mode."""
+@pytest.mark.process
+def test_stopped_processes_are_one_line_free_their_folder_and_resume_to_the_same_parameters(image_folder, tmp_path):
+    """Ctrl-C, then SIGKILL, whenever they come; in PyTorch's deterministic mode."""
     program = (
         "import sys, torch; torch.use_deterministic_algorithms(True); torch.set_num_threads(1);"
         "from mghf_loss.cli import main; sys.exit(main())"
     )
+    config = configuration(image_folder, steps=400, save_every=7)
+    undisturbed, stopped = config.out, tmp_path / "stopped"
+    options = ["--out", str(stopped), "--steps", "400", "--save-every", "7", "--ema", "0.5"]
+    command = [sys.executable, "-c", program, "train-inn", "--images", str(image_folder), *SMALL, *options]
+    train(config)
 
-    def command(out: str) -> list[str]:
-        options = ["--out", str(image_folder.parent / out), "--steps", "300", "--save-every", "7"]
-        return [sys.executable, "-c", program, "train-inn", "--images", str(image_folder), *SMALL, *options]
+    def step() -> int:
+        return torch.load(stopped / STATE_FILE, weights_only=True)["step"] if (stopped / STATE_FILE).exists() else 0
 
-    undisturbed = subprocess.run(command("undisturbed"), capture_output=True, text=True)
-    assert undisturbed.returncode == 0, undisturbed.stderr
-
-    out = image_folder.parent / "killed"
-    process = subprocess.Popen(command("killed"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not (out / STATE_FILE).exists():
-        assert process.poll() is None
-        time.sleep(0.01)
-    time.sleep(random.Random().uniform(0, 0.3))
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    reached = torch.load(out / STATE_FILE, weights_only=True)["step"]
-    assert reached < 300
-    resumed = subprocess.run(command("killed"), capture_output=True, text=True)
-    assert resumed.returncode == 0, resumed.stderr
+    for number, code in ((signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)):
+        before = step()
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+            while step() == before:
+                assert process.poll() is None
+                time.sleep(0.01)
+            with pytest.raises(OSError, match=f"{stopped} is in use by another run"):
+                train(replace(config, out=stopped))
+            process.send_signal(number)
+            _, errors = process.communicate()
+        assert process.returncode == code
+        assert "Traceback" not in errors
+        if code == 130:
+            assert errors.endswith("\nmghf-loss: interrupted; the same command resumes from the last checkpoint\n")
+        assert step() < 400
+    train(replace(config, out=stopped))
     for name in (checkpoints.MODEL_FILE, checkpoints.CONFIG_FILE):
-        assert (out / name).read_bytes() == (image_folder.parent / "undisturbed" / name).read_bytes(), reached
+        assert (stopped / name).read_bytes() == (undisturbed / name).read_bytes()
+
+
+def test_a_network_that_was_lost_after_the_run_is_written_again(image_folder):
+    config = configuration(image_folder, steps=2)
+    trained = train(config)
+    (config.out / checkpoints.MODEL_FILE).unlink()
+    train(config)
+    again = HighFrequencyINN.from_pretrained(config.out)
+    for got, want in zip(again.parameters(), trained.parameters(), strict=True):
+        assert torch.equal(got, want)
 
 
 def test_two_processes_train_one_checkpoint(image_folder):
@@ -243,18 +262,11 @@ def test_two_processes_train_one_checkpoint(image_folder):
     assert "1 images were skipped" in done.stdout
     assert not (image_folder.parent / "two-elsewhere").exists()
     saved = sorted(path.name for path in out.iterdir())
-    assert saved == ["README.md", "config.json", "model.safetensors", SAMPLES_FILE, STATE_FILE]
+    assert saved == ["README.md", "config.json", "model.safetensors", SAMPLES_FILE, STATE_FILE, LOCK_FILE]
     together, alone = HighFrequencyINN.from_pretrained(out), HighFrequencyINN.from_pretrained(one.out)
     assert together.config == alone.config
     for got, want in zip(together.parameters(), alone.parameters(), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize("streaming", [True, False])
-def test_an_interrupted_run_on_a_data_set_resumes_to_the_same_parameters(image_folder, streaming, monkeypatch):
-    options = {"dataset": str(image_folder / "nested"), "streaming": streaming, "dead_leaves": 0.3, "held_out": 1}
-    config = replace(configuration(image_folder, steps=5), images=None, **options)
-    assert_resumes_to_the_same_parameters(config, 3, monkeypatch)
 
 
 def test_noise_and_crop_of_a_slot_are_independent():
@@ -329,16 +341,19 @@ def test_a_damaged_state_is_an_error_and_left_alone(image_folder):
         ({"dataset": "x"}, "either images or dataset"),
         ({"streaming": True}, "streaming needs a dataset"),
         ({"validation": Path("x"), "held_out": 1}, "give validation or held_out"),
-        ({"ema": 1.0}, r"ema must be in \[0, 1\), got 1"),
-        ({"held_out": -1}, "held_out must be at least 0, got -1"),
+        ({"ema": 1.0}, "ema must be a number of at least 0 and below 1, got 1"),
+        ({"held_out": -1}, "held_out must be an integer of at least 0, got -1"),
         ({"precision": "fp16"}, "precision must be one of .*, got 'fp16'"),
         ({"least_scale": 2.0}, "least_scale must be"),
-        ({"seed": -1}, "seed must be"),
+        ({"steps": True}, "steps must be an integer of at least 1, got True"),
+        ({"learning_rate": "2e-3"}, "learning_rate must be .*got '2e-3'; YAML"),
+        ({"seed": 2**32}, "seed must be an integer of at least 0 and at most 4294967295, got 4294967296"),
     ],
 )
 def test_bad_options_are_refused(image_folder, options, message):
     with pytest.raises(ValueError, match=message):
         train(configuration(image_folder, **options))
+    assert not (image_folder.parent / "out").exists()
 
 
 def test_a_kill_while_writing_leaves_the_old_file(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 from pathlib import Path
 
@@ -22,6 +23,8 @@ from mghf_loss.training.data import (
     read_held_out,
 )
 from mghf_loss.training.dead_leaves import dead_leaves
+
+pytestmark = pytest.mark.train
 
 
 def crops_of(folder: Path, cropping: Cropping | None = None, **options) -> FolderCrops:
@@ -128,6 +131,27 @@ def test_an_image_whose_body_is_damaged_is_met_when_it_is_drawn(image_folder):
     with pytest.warns(UserWarning, match="truncated"):
         drawn_again = [again.crop(slot) for slot in range(20)]
     assert all(torch.equal(a, b) for a, b in zip(drawn, drawn_again, strict=True))
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes, and no bytes in file names")
+def test_pipes_link_loops_damaged_formats_and_names_that_are_no_text_do_not_end_a_run(image_folder, damaged):
+    name = os.fsdecode(b"caf\xe9")
+    readable = image_folder / f"{name}.png"
+    readable.write_bytes((image_folder / "nested" / "0.png").read_bytes())
+    (image_folder / f"{name}.jpg").write_bytes(damaged)
+    os.mkfifo(image_folder / "pipe.png")
+    (image_folder / "loop.png").symlink_to("loop.png")
+    (image_folder / "folder.png").mkdir()
+
+    def draw() -> FolderCrops:
+        source, _ = open_folder(image_folder, Cropping(16), 0, except_below=image_folder / "out")
+        assert all(source.crop(slot).shape == (3, 16, 16) for slot in range(20))
+        return source
+
+    with pytest.warns(UserWarning, match="skipped image"):
+        source = draw()
+    assert str(readable) in {file.name for file in source.files}
+    assert {Path(each).name for each in source.damaged} == {f"{name}.jpg", "pipe.png", "loop.png"}
 
 
 def test_nothing_but_damaged_images_is_an_error(tmp_path):
@@ -268,7 +292,11 @@ def test_dead_leaves_are_mixed_in_at_the_asked_rate(tmp_path, fraction, low, hig
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"least_scale": 0.0}, r"least_scale must be in \(0, 1\], got 0"), ({"dead_leaves": 1.5}, "dead_leaves must be")],
+    [
+        ({"least_scale": 0.0}, "least_scale must be a number above 0 and at most 1, got 0"),
+        ({"dead_leaves": 1.5}, "dead_leaves must be a number of at least 0 and at most 1, got 1.5"),
+        ({"seed": -1}, "seed must be"),
+    ],
 )
 def test_bad_cropping_is_refused(options, message):
     with pytest.raises(ValueError, match=message):

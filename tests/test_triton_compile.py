@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+pytestmark = [pytest.mark.triton, pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")]
 
 ARCHITECTURES = {80: 99 * 1024, 90: 227 * 1024}  # shared memory; of the GPUs of the 8.x family the least
 CHANNELS = (9, 45, 96, 189)

@@ -19,6 +19,7 @@ if find_spec("triton") is not None:
     versions = [tuple(map(int, module.__version__.split(".")[:2])) for module in (triton, numpy)]
     if versions[0] < (3, 7) and versions[1] >= (2, 4):
         pytestmark = pytest.mark.skip(reason="the interpreter of Triton 3.6 and older fails with NumPy 2.4")
+pytestmark = [pytest.mark.triton, pytest.mark.xdist_group("interpreter"), pytestmark]  # share the rows
 
 FAST = {"statistics": 3e-4, "patch_nce": 2e-3}
 HALF_UNIT = 2.0**-24  # the exact value rounded to float32 is off by this much

@@ -1,21 +1,21 @@
 """MGHF: multi-granular high-frequency perceptual losses for super-resolution.
 
     criterion = MGHFLoss()
-    loss = criterion(sr, gt)  # (B, 3, H, W) in [0, 1] -> 0-d tensor
+    loss = F.l1_loss(sr, gt) + 0.05 * criterion(sr, gt)  # (B, 3, H, W) in [0, 1] -> 0-d tensor
 
-Reference: arXiv 2411.13548. Importing this package costs little over importing torch; FrEIA, timm and
-huggingface_hub are imported by what needs them.
+Reference: arXiv 2411.13548. The public names are imported when they are first asked for: FrEIA, timm and
+huggingface_hub are heavy, and the command line has to be there before torch is.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING
 
-from . import terms
-from .checkpoints import CheckpointError
-from .dino import DinoJSDLoss
-from .mghf import MGHFLoss, MGHFnLoss
-
 if TYPE_CHECKING:
+    from . import terms
+    from .checkpoints import CheckpointError
+    from .dino import DinoJSDLoss
     from .inn import HighFrequencyINN, INNConfig
+    from .mghf import MGHFLoss, MGHFnLoss
 
 __version__ = "0.1.0"
 __all__ = [
@@ -28,11 +28,23 @@ __all__ = [
     "__version__",
     "terms",
 ]
+_HOMES = {
+    "CheckpointError": "checkpoints",
+    "DinoJSDLoss": "dino",
+    "HighFrequencyINN": "inn",
+    "INNConfig": "inn",
+    "MGHFLoss": "mghf",
+    "MGHFnLoss": "mghf",
+}
+
+
+def __dir__() -> list[str]:
+    return __all__
 
 
 def __getattr__(name: str) -> object:
-    if name in {"HighFrequencyINN", "INNConfig"}:  # FrEIA and huggingface_hub are heavy: only when asked for
-        from . import inn
-
-        return getattr(inn, name)
+    if name == "terms":
+        return import_module(f"{__name__}.terms")
+    if name in _HOMES:
+        return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

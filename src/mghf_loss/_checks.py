@@ -23,11 +23,15 @@ def one_of(name: str, value: Any, choices: Any) -> Any:
     return value
 
 
-def number(name: str, value: Any, *, least: float = 0.0, below: float = math.inf, above: bool = False) -> float:
-    """Return `value` as a float if it is a number in [least, below), or in (least, below) with `above`."""
-    if not _is_number(value, Real) or not (least < value if above else least <= value) or not value < below:
+def number(
+    name: str, value: Any, *, least: float = 0.0, below: float = math.inf, most: float = math.inf, above: bool = False
+) -> float:
+    """Return `value` as a float if it is a finite number from `least` (above it with `above`) to `most` or `below`."""
+    fits = _is_number(value, Real) and (least < value if above else least <= value) and value < below and value <= most
+    if not fits:
         low = f"above {least:g}" if above else f"of at least {least:g}"
-        kind, high = ("finite number", "") if below == math.inf else ("number", f" and below {below:g}")
+        high = f" and below {below:g}" if below < math.inf else f" and at most {most:g}" if most < math.inf else ""
+        kind = "number" if high else "finite number"
         raise ValueError(f"{name} must be a {kind} {low}{high}, got {value!r}{_hint(value)}")
     return float(value)
 
@@ -35,7 +39,7 @@ def number(name: str, value: Any, *, least: float = 0.0, below: float = math.inf
 def integer(name: str, value: Any, *, least: int, most: float = math.inf) -> int:
     """Return `value` as an int if it is an integer in [least, most]."""
     if not _is_number(value, Integral) or not least <= value <= most:
-        high = "" if most == math.inf else f" and at most {most:g}"
+        high = "" if most == math.inf else f" and at most {most}"
         raise ValueError(f"{name} must be an integer of at least {least}{high}, got {value!r}{_hint(value)}")
     return int(value)
 

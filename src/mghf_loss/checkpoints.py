@@ -68,7 +68,7 @@ def load(name: str | Path, *, revision: str | None = None, **hub_options: Any) -
             return _read(_download(repo, revision, {**hub_options, "force_download": True}), name)
         except CheckpointError as error:
             raise CheckpointError(
-                f"{damage}\nDownloading it again did not help. If the cache is damaged, run where the Hub is reachable: "
+                f"{damage}\nDownloading it again did not help. If the cache is damaged, run where the Hub answers: "
                 f"`{download_command(repo, revision)} --force-download`"
             ) from error
 
@@ -206,10 +206,10 @@ def _server_answer(error: BaseException | None) -> str:
     while error is not None:
         status = getattr(getattr(error, "response", None), "status_code", None)
         if status is not None:
-            reason = HTTP_REASONS.get(status, "the server fails: try again later" if status >= 500 else "refused")
+            reason = HTTP_REASONS.get(status, "the server failed: try again later" if status >= 500 else "refused")
             return f"HTTP {status}, {reason}. "
         if "Timeout" in type(error).__name__:
-            return "The server did not answer in time (HF_HUB_ETAG_TIMEOUT, HF_HUB_DOWNLOAD_TIMEOUT): try again. "
+            return "the server does not answer: try again later. "
         error = error.__cause__ or error.__context__
     return ""
 

@@ -1,28 +1,35 @@
-"""`mghf-loss`: compare, info, demo, train-inn, eval-inn."""
+"""`mghf-loss`: compare, info, demo, train-inn, eval-inn.
+
+What takes long to import is imported where it is used, so that Ctrl-C meanwhile ends a command like at any other time.
+"""
 
 from __future__ import annotations
 
 import argparse
-import math
+import io
 import platform
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+from . import __version__
 
-from . import _checks, _files, checkpoints, ops
-from ._files import read_image
-from .mghf import MGHFLoss
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .mghf import MGHFLoss
 
 EXTRAS = {"train-inn": "train", "eval-inn": "train"}  # what a command needs where it is not "demo"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; return 0, or 2 after a one-line error on stderr."""
-    options = _parser().parse_args(arguments)
+    """Run the command line; return 0, 2 after a one-line error on stderr, or 130 after Ctrl-C."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be text
+    options = argparse.Namespace(command=None)
     try:
+        _parser().parse_args(arguments, options)
         options.run(options)
     except ModuleNotFoundError as error:
         extra = EXTRAS.get(options.command, "demo")
@@ -39,8 +46,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    import torch
+
     parser = argparse.ArgumentParser(prog="mghf-loss", description="MGHF perceptual losses for super-resolution")
-    parser.add_argument("--version", action="version", version=version("mghf-loss"))
+    parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
     formatter = argparse.ArgumentDefaultsHelpFormatter
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -122,6 +131,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _device(name: str) -> str:
+    import torch
+
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
@@ -130,6 +141,16 @@ def _device(name: str) -> str:
 
 
 def _compare(options: argparse.Namespace) -> None:
+    import torch
+
+    from . import _checks
+    from ._files import check_output, read_image
+    from .mghf import MGHFLoss
+
+    if options.heatmap is not None:
+        from matplotlib.backend_bases import FigureCanvasBase
+
+        check_output(options.heatmap, [f".{kind}" for kind in FigureCanvasBase.get_supported_filetypes()])
     sr, gt = (read_image(path).to(options.device) for path in (options.sr, options.gt))
     _checks.pair(sr, gt)
     coefficients = {"dino_jsd": 1.0} if options.dino else {}
@@ -147,9 +168,12 @@ def _compare(options: argparse.Namespace) -> None:
         print(f"wrote {options.heatmap}")
 
 
-def _plot_heatmap(path: Path, criterion: MGHFLoss, sr: torch.Tensor, gt: torch.Tensor) -> None:
+def _plot_heatmap(path: Path, criterion: MGHFLoss, sr: Tensor, gt: Tensor) -> None:
     import numpy as np
+    import torch
     from matplotlib import pyplot as plt
+
+    from ._files import write_atomically
 
     generator = torch.Generator(sr.device).manual_seed(0)
     maps = criterion.heatmap(sr, gt, generator=generator)
@@ -170,14 +194,17 @@ def _plot_heatmap(path: Path, criterion: MGHFLoss, sr: torch.Tensor, gt: torch.T
             # One pixel in a hundred may saturate, so that a single speck does not darken the rest.
             high = max(float(np.quantile(panel, 0.99)), 1e-30)
             figure.colorbar(axis.imshow(panel, cmap="inferno", vmin=0, vmax=high), ax=axis, shrink=0.8)
-    _files.write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=110))
+    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=110))
     plt.close(figure)
 
 
 def _info(options: argparse.Namespace) -> None:
+    import torch
+
+    from . import checkpoints, ops
     from .inn import HighFrequencyINN
 
-    print(f"mghf-loss {version('mghf-loss')}, Python {platform.python_version()}, {platform.platform()}")
+    print(f"mghf-loss {__version__}, Python {platform.python_version()}, {platform.platform()}")
     for package in ("torch", "triton", "FrEIA", "timm", "huggingface_hub", "safetensors"):
         try:
             print(f"{package} {version(package)}")
@@ -193,11 +220,11 @@ def _info(options: argparse.Namespace) -> None:
 
 
 def _demo(options: argparse.Namespace) -> None:
+    from . import _checks
     from ._files import format_table
     from .demo import run_demo
 
-    if options.steps < 1:
-        raise ValueError(f"--steps must be at least 1, got {options.steps}")
+    _checks.integer("--steps", options.steps, least=1)
     table = run_demo(options.out, options.steps, options.seed, options.device)
     print(f"\nphotographs not trained on, x4, {options.steps} steps, seed {options.seed}, {options.device}")
     print(format_table(table))
@@ -217,11 +244,12 @@ def _train_inn(options: argparse.Namespace) -> None:
 
 
 def _eval_inn(options: argparse.Namespace) -> None:
+    from . import _checks
     from ._files import format_table
     from .training.evaluation import eval_inn
 
-    if not all(0 <= noise < math.inf for noise in options.noise or ()):
-        raise ValueError(f"--noise must be finite and at least 0, got {options.noise}")
+    for noise in options.noise or ():
+        _checks.number("--noise", noise)
     result = eval_inn(
         options.inn, options.images, options.out, options.noise or (), options.device, options.features_of
     )

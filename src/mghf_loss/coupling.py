@@ -41,7 +41,8 @@ class Bottleneck(nn.Sequential):
         padded = F.pad(input, (1, 1, 1, 1), mode=mode)
         parameters = tuple(self.parameters())
         frozen = padded.requires_grad and not any(parameter.requires_grad for parameter in parameters)
-        if frozen and not torch.jit.is_tracing():  # a trace holds no functions of Python
+        # A trace holds no functions of Python.
+        if frozen and not torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
             return _FrozenBottleneck.apply(padded, *parameters)[0]  # type: ignore[index]
         if self.training and self.training_dtype is not None:
             with torch.autocast(padded.device.type, self.training_dtype):

@@ -17,7 +17,7 @@ Memory = Literal["normal", "low"]
 
 
 class Criterion(nn.Module, ABC):
-    """Sum of coefficient * term: sr, gt (B, 3, H, W) -> 0-d tensor, or (B,) with `reduction="none"`.
+    """What the losses share: sum of coefficient * term, sr, gt (B, 3, H, W) -> 0-d tensor, or (B,) without reduction.
 
     Attributes:
         coefficients: factor of each term by name, read-only; `set_coefficients` changes it.
@@ -46,9 +46,12 @@ class Criterion(nn.Module, ABC):
         raise AttributeError(f"coefficients are read-only: use set_coefficients(name=factor, ...), got {value!r}")
 
     def set_coefficients(self, **coefficients: float) -> None:
-        """Change factors of terms from the next call on, for a schedule: `criterion.set_coefficients(style=2.0)`.
+        """Change factors of terms from the next call on, for a schedule; a compiled loss is compiled again.
 
-        A compiled loss is compiled again. A term with 0 is not computed.
+        >>> criterion = MGHFLoss()
+        >>> criterion.set_coefficients(style=300, patch_nce=0)  # a term with 0 is not computed
+        >>> criterion.coefficients["style"]
+        300.0
 
         Raises:
             ValueError: a term is unknown, a factor is no finite number of at least 0, all factors would be 0, or the
@@ -111,14 +114,14 @@ class Criterion(nn.Module, ABC):
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of `sr` against `gt`, both (B, 3, H, W) in `input_range`; gradient to `sr` only.
 
-        The first call warns where the values of `gt` do not look like `input_range`.
+        The first eager call warns where the values of `gt` do not look like `input_range`.
 
         Args:
             sr: super-resolved images.
             gt: ground truth; never gets a gradient.
             return_terms: also return the unweighted terms by name, detached, reduced like the loss.
-            generator: chooses PatchNCE's random locations together with the two images. Its seed does, and drawing
-                from it does not change that, so that gradient checkpointing computes the same loss again.
+            generator: its seed, with the two images, chooses PatchNCE's random locations. Nothing is drawn from it, so
+                that gradient checkpointing computes the same loss again.
         """
         values = self.term_values(sr, gt, generator)
         total = sum(self._coefficients[name] * value for name, value in values.items())
@@ -128,11 +131,15 @@ class Criterion(nn.Module, ABC):
         return loss, {name: terms.reduce(value.detach(), self.reduction) for name, value in values.items()}
 
     def heatmap(self, sr: Tensor, gt: Tensor, *, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """|d(coefficient * term) / d sr| of every term and of their sum, `total`: where a step would change SR.
+        """Show where a training step would change SR: |d(coefficient * term) / d sr| of every term and of `total`.
 
         sr, gt (B, 3, H, W) in `input_range` -> (B, H, W) by name, in float32 at least: the Euclidean norm over
         colours of the gradient of each image's own loss, whatever `reduction` is, in units of the loss per unit of
         `input_range`, averaged over 5 x 5 pixels. Also without gradients and in inference mode.
+
+        >>> sr, gt = torch.rand(2, 1, 3, 64, 64)
+        >>> {name: heat.shape for name, heat in MGHFnLoss().heatmap(sr, gt).items()}
+        {'content': torch.Size([1, 64, 64]), 'total': torch.Size([1, 64, 64])}
         """
         with torch.no_grad():
             _checks.pair(sr, gt)

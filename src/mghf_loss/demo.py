@@ -12,7 +12,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ._files import write_atomically, write_table
+from ._files import check_output, write_atomically, write_table
 from .mghf import MGHFLoss
 from .toy import TRAINING_PHOTOGRAPHS, SmallSR, downscale, photograph, random_crop, upscale
 
@@ -35,7 +35,7 @@ class Run:
 
 def run_demo(out: Path, steps: int, seed: int, device: str) -> list[dict[str, object]]:
     """Train with L1 and with L1 + MGHFLoss from one seed, write table and pictures to `out`, return the table."""
-    out.mkdir(parents=True, exist_ok=True)
+    check_output(out)
     train = [photograph(name).to(device) for name in TRAINING_PHOTOGRAPHS]
     unseen = {name: photograph(name).to(device) for name in UNSEEN_PHOTOGRAPHS}
     criterion = MGHFLoss().to(device)

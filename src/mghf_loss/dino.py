@@ -23,18 +23,22 @@ DEFAULT_MODEL = "vit_small_patch14_dinov2.lvd142m"
 
 
 class DinoJSDLoss(Criterion):
-    """JSD(p_sr || p_gt) with p = softmax(e / T) over the embedding dimension: sr, gt (B, 3, H, W) -> nats in [0, ln 2].
+    """Compare what SR and GT show by the Jensen-Shannon divergence of their DINOv2 embeddings.
 
-    e is the class token's embedding (`tokens="class"`), or every patch token's, averaged over patches
-    (`"patch"`). Symmetric in value, 0 iff the distributions are equal; gradient flows to `sr` only. Images of
-    any size are resized (bicubic, antialiased, differentiable) to the nearest multiple of the patch size and
-    normalised as the model's configuration says.
+    sr, gt (B, 3, H, W) -> 0-d tensor in nats, [0, ln 2], symmetric in value; gradient flows to `sr` only. Images of any
+    size are resized (bicubic, antialiased, differentiable) to the nearest multiple of the patch size.
+
+    >>> import timm
+    >>> vit = timm.create_model("vit_tiny_patch16_224", dynamic_img_size=True)  # DinoJSDLoss() fetches DINOv2
+    >>> criterion = DinoJSDLoss(vit)
+    >>> criterion(*torch.rand(2, 1, 3, 64, 64)) >= 0
+    tensor(True)
 
     Args:
         model: name of a timm DINOv2 ViT, whose weights are fetched from the Hub when the loss is built;
             `"hf-hub:org/name@revision"` pins a revision; or a ready timm ViT, for weights of your own, which is
             taken over: frozen and set to eval mode.
-        tokens: `"class"` or `"patch"`.
+        tokens: `"class"` compares the class token's embedding, `"patch"` every patch token's.
         temperature: T, in units of the embedding.
         input_range: values of black and white.
         reduction: `"mean"`, `"sum"` or `"none"` (per image).
@@ -45,6 +49,9 @@ class DinoJSDLoss(Criterion):
     Raises:
         ValueError: an argument is not as above, or timm has no such model.
         CheckpointError: the weights cannot be had; the message says where they were looked for.
+
+    The loss is JSD(p_sr || p_gt) with p = softmax(e / T) over the dimensions of the embedding e, averaged over patches
+    with `tokens="patch"`; 0 iff the distributions are equal.
 
     Reference: HF-Diff, arXiv 2411.13548v1, distribution matching in DINOv2's embedding space; softmax over
     the embedding dimension, temperature 1 and the choice of tokens are ours.

@@ -45,7 +45,8 @@ class Frozen(nn.Module, Generic[Network]):
             if tensor.is_meta or tensor.is_inference():
                 where = "the meta device" if tensor.is_meta else "torch.inference_mode()"
                 raise ValueError(f"the frozen {type(value).__name__} was built under {where}: build it outside of that")
-        self.__dict__["network"] = value.requires_grad_(False).eval()
+        dtype = next(value.parameters()).dtype
+        self.__dict__["network"] = value.to(torch.promote_types(dtype, torch.float32)).requires_grad_(False).eval()
 
     def like(self, image: Tensor) -> Tensor:
         """Return `image` in the network's dtype, float32 at least; raise where it is on another device."""

@@ -28,12 +28,15 @@ PRUNE: dict[Preset, float] = {"paper": 0.25}
 
 
 class MGHFnLoss(Criterion):
-    """MGHF-n: mean over levels of mean (F_sr - F_gt)^2, sr, gt (B, 3, H, W) -> scalar in [0, inf).
+    """Compare the high-frequency details of SR and GT by one squared error (MGHF-n).
 
-    F are the multi-granular detail features of a frozen invertible network. They are whitened: an error of 1
-    is one standard deviation of what the coarse image leaves open, so texture masks errors and flat areas do
-    not. The value is 0 iff the detail features are equal; the low-pass band below the coarsest level is not
-    compared, so keep a pixel loss beside it.
+    sr, gt (B, 3, H, W), H and W at least 8 with the bundled network -> 0-d tensor in [0, inf), 0 iff all detail
+    features are equal. The low-pass band below the coarsest level is not compared: keep a pixel loss beside it.
+
+    >>> sr, gt = torch.rand(2, 1, 3, 64, 64)
+    >>> criterion = MGHFnLoss()
+    >>> criterion(sr, gt) > criterion(gt, gt)
+    tensor(True)
 
     Args:
         inn: `"bundled"`, `"org/name"` or `"org/name@revision"` on the Hub, a folder, a .safetensors file, or a
@@ -41,14 +44,18 @@ class MGHFnLoss(Criterion):
         input_range: values of black and white; values outside are taken as they are, never clamped.
         reduction: `"mean"`, `"sum"` or `"none"` (per image).
         memory: `"low"` computes SR's features again in the backward pass instead of keeping what is inside each
-            coupling: the same gradient with 17 % of the bytes that wait for the backward pass, 73 % of the peak,
-            in 1.6 times the time (1 x 3 x 128^2, one CPU thread; `benchmarks/losses.py`).
+            coupling: the same gradient with about a fifth of the memory from forward to backward pass, in about
+            1.5 times the time.
         cache_gt: keep the features of the last GT between calls, for a step that compares several SR images with one
             GT tensor. See `mghf_loss._gt_cache.GTCache` for when they are used and when not.
 
     Raises:
         ValueError, TypeError: from the constructor or `forward`, naming what came and what was expected.
         CheckpointError: the network cannot be had or is damaged.
+
+    The loss is the mean over levels of mean (F_sr - F_gt)^2. The features F of a frozen invertible network are
+    whitened: an error of 1 is one standard deviation of what the coarse image leaves open, so texture masks errors and
+    flat areas do not.
 
     Reference: arXiv 2411.13548 (MGHF), naive variant. The paper sums over modules; the mean over levels is our
     choice.
@@ -79,37 +86,46 @@ class MGHFnLoss(Criterion):
 
 
 class MGHFLoss(Criterion):
-    """MGHF-c: sum of coefficient * term on weighted features, sr, gt (B, 3, H, W) -> scalar in [0, inf).
+    """Compare the high-frequency details, textures and structure of SR and GT by a weighted sum of terms (MGHF-c).
 
-    The terms, each a mean over the network's levels, are `content` (MSE), `style` (Gram matrices),
-    `correlation` (1 - Pearson's r) and `patch_nce` (modulated PatchNCE) of `mghf_loss.terms`, on features
-    weighted by the entropy of the GT's channels; `dino_jsd` is `DinoJSDLoss`. The low-pass band below the
-    coarsest level is not compared, so keep a pixel loss beside it.
+    sr, gt (B, 3, H, W), H and W at least 8 with the bundled network -> 0-d tensor in [0, inf). The low-pass band below
+    the coarsest level is not compared: keep a pixel loss beside it.
+
+    >>> sr, gt = torch.rand(2, 1, 3, 64, 64)
+    >>> criterion = MGHFLoss(coefficients={"style": 300})
+    >>> loss, terms = criterion(sr, gt, return_terms=True)
+    >>> list(terms)
+    ['content', 'style', 'correlation', 'patch_nce']
 
     Args:
-        coefficients: factor of each term, updating the defaults; a term with 0 is neither computed nor its
-            network loaded. The defaults balance the gradients at the start of training (see the README).
+        preset: `"paper"`, the composition of arXiv 2411.13548; a set of coefficients and of `prune`.
+        coefficients: factor of each term, updating the preset's; a term with 0 is neither computed nor its
+            network loaded. The preset's balance the gradients at the start of training (see the README).
         inn: `"bundled"`, `"org/name"` or `"org/name@revision"` on the Hub, a folder, a .safetensors file, or a
             `HighFrequencyINN`, which is taken over: frozen and set to eval mode.
-        input_range: values of black and white; values outside are taken as they are, never clamped.
-        patches: places of PatchNCE, drawn at random anew in each call; None for all of them.
+        dino: the DINO term's model; see `DinoJSDLoss`.
+        prune: fraction of channels, those of least entropy, that are dropped, in [0, 1); None for the preset's.
+        patches: random locations of PatchNCE per level; None for all of them.
         modulation: of PatchNCE's negatives: `"hard"`, `"easy"` or `"plain"`.
         temperature: of PatchNCE's similarities.
-        prune: fraction of channels, those of least entropy, that are dropped, in [0, 1).
-        reduction: `"mean"`, `"sum"` or `"none"` (per image).
-        dino: the DINO term's model; see `DinoJSDLoss`.
         precision: of the terms' matrix products in the CUDA kernels: `"fast"` (tf32 and fp16 operands, float32 sums) or
-            `"high"` (as accurate as float32). The networks, and everything on a CPU, compute in float32 either way.
+            `"high"` (as accurate as float32). It does not concern the networks: they hold float32, and on CUDA their
+            convolutions multiply in tf32 unless `torch.backends.cudnn.allow_tf32` is False.
+        input_range: values of black and white; values outside are taken as they are, never clamped.
+        reduction: `"mean"`, `"sum"` or `"none"` (per image).
         memory: `"low"` computes SR's features again in the backward pass instead of keeping what is inside each
-            coupling: the same gradient with 22 % of the bytes that wait for the backward pass, 68 % of the peak,
-            in 1.4 times the time (1 x 3 x 128^2, one CPU thread; `benchmarks/losses.py`).
-            The DINO term recomputes its blocks.
+            coupling: the same gradient with about a fifth of the memory from forward to backward pass, in about
+            1.5 times the time. The DINO term recomputes its blocks.
         cache_gt: keep the features and channel weights of the last GT between calls, for a step that compares several
             SR images with one GT tensor. See `mghf_loss._gt_cache.GTCache` for when they are used and when not.
 
     Raises:
         ValueError, TypeError: from the constructor or `forward`, naming what came and what was expected.
         CheckpointError: a network that the terms need cannot be had or is damaged.
+
+    The terms, each a mean over the network's levels, are `content` (MSE), `style` (Gram matrices),
+    `correlation` (1 - Pearson's r) and `patch_nce` (modulated PatchNCE) of `mghf_loss.terms`, on features
+    weighted by the entropy of the GT's channels; `dino_jsd` is `DinoJSDLoss`.
 
     Reference: arXiv 2411.13548 (MGHF), comprehensive variant; terms cite their own sources.
     """

@@ -52,7 +52,12 @@ def content(
     reduction: Reduction = "mean",
     statistics: SecondOrderStatistics | None = None,
 ) -> Tensor:
-    """mean over c, y, x of (w_c (F_sr - F_gt))^2, in [0, inf), 0 iff the weighted features are equal.
+    """Compare features location by location: mean over c, y, x of (w_c (F_sr - F_gt))^2, in [0, inf).
+
+    >>> content(torch.full((1, 9, 8, 8), 2.0), torch.zeros(1, 9, 8, 8))
+    tensor(4.)
+
+    0 iff the weighted features are equal.
 
     Reference: arXiv 2411.13548 (MGHF), MGHF-n and the content term of MGHF-c.
     """
@@ -76,9 +81,11 @@ def style(
     precision: Precision = "fast",
     statistics: SecondOrderStatistics | None = None,
 ) -> Tensor:
-    """mean over c, d of (G_sr - G_gt)^2 with G = F F^T / (C H W) of weighted features, in [0, inf).
+    """Compare textures: mean over c, d of (G_sr - G_gt)^2, G = F F^T / (C H W) of weighted features, in [0, inf).
 
-    Blind to where a texture is: permuting the places of either image changes nothing.
+    >>> gt = torch.randn(1, 9, 8, 8)
+    >>> style(gt.roll(3, dims=2), gt) < 1e-12  # blind to where a texture is
+    tensor(True)
 
     Reference: arXiv 2411.13548 (MGHF), style term; Gatys et al., CVPR 2016, eq. 3-4 (there without 1/(C H W)).
     """
@@ -102,10 +109,14 @@ def correlation(
     reduction: Reduction = "mean",
     statistics: SecondOrderStatistics | None = None,
 ) -> Tensor:
-    """sum_c w_c (1 - r_c) / sum_c w_c, r_c Pearson's r of SR and GT over the places of c, in [0, 2] up to rounding.
+    """Compare where details are, whatever their strength: 1 - Pearson's r of each channel, in [0, 2] up to rounding.
 
-    r = (cov + eps) / sqrt((var_sr + eps) (var_gt + eps)), so that equal or constant channels give 0 with
-    finite gradients. Holds back texture that is not where the content has it.
+    >>> gt = torch.randn(1, 9, 8, 8)
+    >>> correlation(3 * gt + 1, gt) < 1e-3, correlation(-gt, gt) > 1.99
+    (tensor(True), tensor(True))
+
+    sum_c w_c (1 - r_c) / sum_c w_c with r = (cov + eps) / sqrt((var_sr + eps) (var_gt + eps)) over the locations, so
+    that equal or constant channels give 0 with finite gradients.
 
     Reference: arXiv 2411.13548 (MGHF), CSC, content-style consistency; eps and the weighting are our choice.
     """
@@ -133,12 +144,12 @@ def patch_nce(
     reduction: Reduction = "mean",
     precision: Precision = "fast",
 ) -> Tensor:
-    """mean over places i of -log(e^{s_ii/T} / (e^{s_ii/T} + sum_{j != i} w_ij e^{s_ij/T})), in nats, [0, inf).
+    """Compare local structure: can a location of SR be told from all others of GT? In nats, [0, inf).
 
-    s_ij is the cosine of SR's weighted feature vector at place i and GT's at place j of the same image; w_ij
-    is Q (`"plain"`) or (N - 1) Q P_ij with the optimal-transport plan P that prefers similar (`"hard"`) or
-    dissimilar (`"easy"`) negatives. No gradient flows through w; that of the released MoNCE code, which lets
-    it flow, differs by 4-10 % at eps >= 0.5. See `mghf_loss.ops.patch_nce` for the formulas.
+    >>> sr, gt = torch.randn(2, 2, 9, 16, 16)
+    >>> seeds = torch.tensor([0, 1])  # one per image
+    >>> patch_nce(sr, gt, locations=random_locations(seeds, 16 * 16, 64), reduction="none").shape
+    torch.Size([2])
 
     Args:
         sr_level: SR features (B, C, H, W).
@@ -154,6 +165,12 @@ def patch_nce(
         tolerance: error of the plan's log row sums at which Sinkhorn stops (see `mghf_loss.ops.patch_nce`).
         reduction: over the batch.
         precision: `"fast"` or `"high"`, see `mghf_loss.ops.patch_nce`.
+
+    Mean over locations i of -log(e^{s_ii/T} / (e^{s_ii/T} + sum_{j != i} w_ij e^{s_ij/T})). s_ij is the cosine of
+    SR's weighted feature vector at location i and GT's at location j of the same image; w_ij is Q (`"plain"`) or
+    (N - 1) Q P_ij with the optimal-transport plan P that prefers similar (`"hard"`) or dissimilar (`"easy"`) negatives.
+    No gradient flows through w; that of the released MoNCE code, which lets it flow, differs by 4-10 % at eps >= 0.5.
+    See `mghf_loss.ops.patch_nce` for the formulas.
 
     Reference: arXiv 2411.13548 (MGHF), LIP, local information preservation; Park et al., ECCV 2020 (PatchNCE);
     Zhan et al., CVPR 2022 (MoNCE). T, eps and Q are MoNCE's.
@@ -181,7 +198,10 @@ def patch_nce(
 
 
 def channel_entropy(features: Tensor) -> Tensor:
-    """H = -sum_b p_b log p_b of each channel's histogram: (B, C, H, W) -> nats (B, C) in [0, ln 64].
+    """Measure how much each channel varies: (B, C, H, W) -> entropy H = -sum_b p_b log p_b in nats, (B, C).
+
+    >>> channel_entropy(torch.zeros(1, 9, 8, 8)).max() == 0
+    tensor(True)
 
     64 bins over [-4, 4], outliers in the end bins; without gradient. A constant channel has entropy 0.
 
@@ -197,7 +217,10 @@ def channel_entropy(features: Tensor) -> Tensor:
 
 
 def entropy_channel_weights(gt_level: Tensor, prune: float = 0.25) -> Tensor:
-    """Weights proportional to `channel_entropy`, 0 for the least `prune` of channels: (B, C, H, W) -> (B, C).
+    """Weight channels by how much they vary in GT, and drop those that vary least: (B, C, H, W) -> (B, C).
+
+    >>> entropy_channel_weights(torch.randn(1, 8, 16, 16), prune=0.25).count_nonzero()
+    tensor(6)
 
     Per sample, floor(prune * C) channels of least entropy get 0, the others their entropy, scaled to a mean
     of 1 over all C. Equal entropies (a constant image) give equal weights. Without gradient.
@@ -219,6 +242,9 @@ def entropy_channel_weights(gt_level: Tensor, prune: float = 0.25) -> Tensor:
 
 def random_locations(seed: Tensor, count: int, patches: int | None) -> Tensor | None:
     """Choose `patches` of `count` locations for every image: seeds (B,) int64 -> indices (B, patches), or None for all.
+
+    >>> random_locations(torch.tensor([0, 1]), 64, 16).shape
+    torch.Size([2, 16])
 
     A function of the seed alone, whatever the device: integers are mixed (Steele et al., OOPSLA 2014, SplitMix64),
     and the locations of the largest are taken.

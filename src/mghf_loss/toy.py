@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from skimage import data
 from torch import Tensor, nn
 
 SCALE = 4
@@ -53,12 +51,13 @@ def downscale(gt: Tensor) -> Tensor:
 
 def photograph(name: str) -> Tensor:
     """One of scikit-image's photographs as (1, 3, H, W) in [0, 1], cut to multiples of 4."""
+    from skimage import data
+
     pixels = getattr(data, name)()
     if isinstance(pixels, tuple):  # a stereo pair with its disparity
         pixels = pixels[0]
-    if pixels.ndim == 2:
-        pixels = np.repeat(pixels[..., None], 3, 2)
-    image = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None].float() / 255
+    image = torch.from_numpy(pixels.copy()).float() / 255
+    image = (image.repeat(3, 1, 1) if image.ndim == 2 else image.permute(2, 0, 1))[None]
     height, width = (side // SCALE * SCALE for side in image.shape[-2:])
     return image[..., :height, :width]
 

@@ -40,7 +40,7 @@ from torch import Tensor, nn
 
 from .. import _checks, mghf
 from . import needs
-from .registered import DinoJSDLoss, MGHFLoss, MGHFnLoss, TrainerLoss, register
+from .registered import LOSSES, TrainerLoss, WeightedLoss, register
 
 _MOVED = "torchvision.transforms.functional_tensor"
 with needs("basicsr", "pip install basicsr"):
@@ -147,5 +147,5 @@ class MGHFSRGANModel(LogsTerms, SRGANModel):
     """BasicSR's `SRGANModel` with the terms in its log."""
 
 
-register(LOSS_REGISTRY, MGHFLoss, MGHFnLoss, DinoJSDLoss, MGHFPerceptualLoss)
+register(LOSS_REGISTRY, *map(WeightedLoss.of, LOSSES), MGHFPerceptualLoss)
 register(MODEL_REGISTRY, MGHFSRModel, MGHFSRGANModel)

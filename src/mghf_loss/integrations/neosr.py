@@ -19,9 +19,9 @@ follows its documented call convention (`LOSS_REGISTRY`, keyword options, one 0-
 from __future__ import annotations
 
 from . import needs
-from .registered import DinoJSDLoss, MGHFLoss, MGHFnLoss, register
+from .registered import LOSSES, WeightedLoss, register
 
 with needs("neosr", "see https://github.com/neosr-project/neosr"):
     from neosr.utils.registry import LOSS_REGISTRY  # type: ignore[import-not-found]
 
-register(LOSS_REGISTRY, MGHFLoss, MGHFnLoss, DinoJSDLoss)
+register(LOSS_REGISTRY, *map(WeightedLoss.of, LOSSES))

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from .. import _checks, dino, mghf, terms
 from ..criterion import Criterion
 
+LOSSES: tuple[type[Criterion], ...] = (mghf.MGHFLoss, mghf.MGHFnLoss, dino.DinoJSDLoss)
+
 
 class TrainerLoss(nn.Module):
     """A loss of this package as a trainer's options describe it.
@@ -44,10 +46,7 @@ class TrainerLoss(nn.Module):
         self.terms: dict[str, Tensor] = {}
 
     def weighted_terms(self, sr: Tensor, gt: Tensor) -> dict[str, Tensor]:
-        """Coefficient * term by name, 0-d, of `sr` against `gt`, (B, 3, H, W); gradient to `sr` only.
-
-        The first call warns where `gt` leaves `input_range`, or hardly leaves its black.
-        """
+        """Coefficient * term by name, 0-d, of `sr` against `gt`, (B, 3, H, W); gradient to `sr` only."""
         criterion = self.criterion
         values = {
             name: terms.reduce(value, criterion.reduction) for name, value in criterion.term_values(sr, gt).items()
@@ -61,12 +60,22 @@ class RegisteredLoss(TrainerLoss):
 
     Args:
         loss_weight: factor of the loss, a finite number of at least 0. The subclass says who multiplies by it.
-        options: of `loss_class`.
+        options: of `loss_class`, which `of` chooses: `WeightedLoss.of(MGHFLoss)(loss_weight=0.05, memory="low")`.
     """
 
     def __init__(self, loss_weight: float = 1.0, **options: Any) -> None:
         super().__init__(("loss_weight",), options)
         self.loss_weight = _checks.number("loss_weight", loss_weight)
+
+    @classmethod
+    def of(cls, loss_class: type[Criterion]) -> type[RegisteredLoss]:
+        """Return this class for `loss_class`, named like it, as registries go by `__name__`."""
+        name = loss_class.__name__
+        return type(
+            name,
+            (cls,),
+            {"loss_class": loss_class, "__module__": cls.__module__, "__qualname__": f"{cls.__name__}.of({name})"},
+        )
 
 
 class WeightedLoss(RegisteredLoss):
@@ -75,24 +84,6 @@ class WeightedLoss(RegisteredLoss):
     def forward(self, sr: Tensor, gt: Tensor) -> Tensor:
         """Return the weighted loss of `sr` against `gt`; gradient to `sr` only."""
         return self.loss_weight * torch.stack(list(self.weighted_terms(sr, gt).values())).sum()
-
-
-class MGHFLoss(WeightedLoss):
-    """`loss_weight` times `mghf_loss.MGHFLoss(**options)`."""
-
-    loss_class = mghf.MGHFLoss
-
-
-class MGHFnLoss(WeightedLoss):
-    """`loss_weight` times `mghf_loss.MGHFnLoss(**options)`."""
-
-    loss_class = mghf.MGHFnLoss
-
-
-class DinoJSDLoss(WeightedLoss):
-    """`loss_weight` times `mghf_loss.DinoJSDLoss(**options)`."""
-
-    loss_class = dino.DinoJSDLoss
 
 
 def register(registry: Any, *classes: type) -> None:

@@ -45,8 +45,8 @@ def log_pair(
       largest of its batch but for one pixel in a hundred: every picture has its own scale.
 
     Costs a forward pass and, for the pictures, a backward pass for each term; `images=0` leaves the pictures out.
-    PatchNCE's places follow from `step`: the global random numbers, and so the training, are those of a run
-    without logs. Also inside `torch.inference_mode()`.
+    PatchNCE's locations follow from `step`. No random number is drawn, so the training is that of a run without logs.
+    Also inside `torch.inference_mode()`.
 
     Raises:
         ValueError, TypeError: as `criterion(sr, gt)`, and where `criterion` or `images` are not as above.

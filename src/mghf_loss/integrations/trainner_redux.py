@@ -16,16 +16,15 @@ and add to the list of losses in the options:
 name, each with its coefficient, which the trainer adds and logs one by one (it leaves out terms that are 0 or NaN).
 Images are RGB in [0, 1], autocast and channels_last are welcome. traiNNer-redux is not on PyPI: this follows its call
 convention of the versions that multiply by `loss_weight` (2025 on), and has not been run in it. Earlier versions expect
-the loss to multiply: use the classes of `mghf_loss.integrations.registered` there.
+the loss to multiply: `register(LOSS_REGISTRY, *map(WeightedLoss.of, LOSSES))` of `mghf_loss.integrations.registered`.
 """
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from .. import dino, mghf
 from . import needs
-from .registered import RegisteredLoss, register
+from .registered import LOSSES, RegisteredLoss, register
 
 with needs("traiNNer", "see https://github.com/the-database/traiNNer-redux"):
     from traiNNer.utils.registry import LOSS_REGISTRY  # type: ignore[import-not-found]
@@ -39,22 +38,4 @@ class UnweightedLoss(RegisteredLoss):
         return self.weighted_terms(sr, gt)
 
 
-class MGHFLoss(UnweightedLoss):
-    """The terms of `mghf_loss.MGHFLoss(**options)`."""
-
-    loss_class = mghf.MGHFLoss
-
-
-class MGHFnLoss(UnweightedLoss):
-    """The term of `mghf_loss.MGHFnLoss(**options)`, `content`."""
-
-    loss_class = mghf.MGHFnLoss
-
-
-class DinoJSDLoss(UnweightedLoss):
-    """The term of `mghf_loss.DinoJSDLoss(**options)`, `dino_jsd`."""
-
-    loss_class = dino.DinoJSDLoss
-
-
-register(LOSS_REGISTRY, MGHFLoss, MGHFnLoss, DinoJSDLoss)
+register(LOSS_REGISTRY, *map(UnweightedLoss.of, LOSSES))

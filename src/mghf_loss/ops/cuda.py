@@ -1,7 +1,8 @@
 """The operators on CUDA: Triton kernels where they can run, else the torch formula, with one warning that says why.
 
 Triton is imported when an operator first meets a CUDA tensor, not before. `MGHF_LOSS_OPS=torch` in the environment
-chooses the torch formula. float64 always takes it: the kernels compute in float32. So do empty batches.
+chooses the torch formula. float64 always takes it: the kernels compute in float32. So do empty batches, and those of
+more images than a CUDA grid has rows.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from .statistics import operator as statistics_operator
 
 LEAST_CAPABILITY = (8, 0)  # tensor cores with tf32, asynchronous copies
 MISTAKES = (TypeError, AttributeError, NameError, ValueError, ZeroDivisionError)  # of Python code, not of a device
+TRANSIENT = ("out of memory", "captur")  # in the message: another call may succeed, and no formula would help this one
+MAX_BATCH = 65535
 # Why a kernel failed, by what it was compiled for: operator, device, channels, dtypes of SR and GT, precision.
 failures: dict[tuple[str, torch.device, int, torch.dtype, torch.dtype, str], str] = {}
 _warned: set[str] = set()
@@ -70,12 +73,12 @@ def _reason_of_hardware(device: torch.device) -> str | None:
 def with_fallback(name: str, kernel: str, formula: Callable[..., Any]) -> Callable[..., Any]:
     """Return a function that calls `kernel` of the Triton files, or `formula` where that cannot run.
 
-    The last argument is the precision. Out of memory is raised, and so are mistakes of our own code: a slower path
-    would hide them.
+    The last argument is the precision. Out of memory and failures inside the capture of a CUDA graph are raised, and so
+    are mistakes of our own code: a slower path would hide them.
     """
 
     def run(sr: Tensor, gt: Tensor, *arguments: Any) -> Any:
-        if torch.float64 in (sr.dtype, gt.dtype) or sr.numel() == 0:
+        if torch.float64 in (sr.dtype, gt.dtype) or sr.numel() == 0 or len(sr) > MAX_BATCH:
             return formula(sr, gt, *arguments)
         key = (name, sr.device, sr.shape[1], sr.dtype, gt.dtype, arguments[-1])
         reason = reason_against_kernels(sr.device) or failures.get(key)
@@ -86,7 +89,7 @@ def with_fallback(name: str, kernel: str, formula: Callable[..., Any]) -> Callab
             except torch.cuda.OutOfMemoryError:
                 raise
             except Exception as error:  # of the compiler, the assembler, the C compiler or the driver
-                if _is_our_mistake(error):
+                if _is_our_mistake(error) or any(words in str(error) for words in TRANSIENT):
                     raise
                 reason = failures[key] = _told(error)
         if reason != "MGHF_LOSS_OPS=torch" and reason not in _warned:

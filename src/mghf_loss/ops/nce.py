@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import _checks
-from .statistics import FirstDerivative, Precision, compute_dtype
+from .statistics import Precision, compute_dtype, differentiable, first_derivative
 
 Modulation = Literal["plain", "hard", "easy"]
 # Elements of the largest block of pairs that is held at a time: 64 MiB in float32.
@@ -139,20 +139,11 @@ def _backward(ctx, loss_gradient: Tensor, _) -> tuple[Tensor | None, ...]:
     loss, jacobian = ctx.saved_tensors
     if jacobian.ndim == 1:  # inside vmap, sr did not seem to need a gradient
         raise NotImplementedError("patch_nce has no torch.func.grad of a vmap: use the vmap of the grad, or a batch")
-    gradient = FirstDerivative.apply(backward_operator, loss, jacobian, loss_gradient)
+    gradient = first_derivative(backward_operator, loss, jacobian, loss_gradient)
     return gradient.to(ctx.dtype), *[None] * 9
 
 
-operator.register_autograd(_backward, setup_context=_keep_jacobian)
-
-
-class _PatchNCE(torch.autograd.Function):
-    """The operator for `torch.func`, which does not see the derivative that is registered, for traces."""
-
-    generate_vmap_rule = True
-    forward = staticmethod(operator)
-    setup_context = staticmethod(_keep_jacobian)
-    backward = staticmethod(_backward)
+functional = differentiable(operator, _keep_jacobian, _backward)
 
 
 def patch_nce(
@@ -202,8 +193,8 @@ def patch_nce(
     primal, tangent = forward_ad.unpack_dual(sr)
     if tangent is not None and sr.requires_grad:
         raise NotImplementedError("patch_nce has no second derivative: use either forward-mode AD or backward()")
-    is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    loss, jacobian = (operator if is_traced else _PatchNCE.apply)(
+    compute = functional if torch._C._are_functorch_transforms_active() else operator
+    loss, jacobian = compute(
         primal,
         gt.detach(),
         _checks.number("temperature", temperature, above=True),
@@ -217,7 +208,7 @@ def patch_nce(
     )
     if tangent is None:
         return loss
-    slope = FirstDerivative.apply(backward_operator, loss, jacobian, torch.ones_like(loss))
+    slope = first_derivative(backward_operator, loss, jacobian, torch.ones_like(loss))
     return forward_ad.make_dual(loss, (slope * tangent).sum(1))
 
 

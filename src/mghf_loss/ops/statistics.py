@@ -84,8 +84,7 @@ def second_order_statistics(
             raise ValueError(f"sr and {name} must be on one device, got {sr.device} and {tensor.device}")
     keep = None if channel_weights is None else channel_weights.detach() != 0
     _checks.one_of("precision", precision, Precision)
-    is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    compute = operator if is_traced else _Statistics.apply
+    compute = functional if torch._C._are_functorch_transforms_active() else operator
     if forward_ad.unpack_dual(sr).tangent is not None:
         compute = statistics_formula  # operators drop tangents
     gram_difference, moments = compute(sr, gt.detach(), keep, gram, precision)
@@ -157,9 +156,22 @@ def _(
     return torch.empty_like(sr, memory_format=torch.contiguous_format)
 
 
-class FirstDerivative(torch.autograd.Function):
-    """Calls the operator of a derivative: a second derivative is refused, not left out."""
+def differentiable(
+    operator: Any, setup_context: Callable[..., None], backward: Callable[..., Any]
+) -> Callable[..., Any]:
+    """Register the derivative of `operator`; return it for `torch.func`, which does not see what is registered."""
+    operator.register_autograd(backward, setup_context=setup_context)
+    static = {"forward": operator, "setup_context": setup_context, "backward": backward}
+    attributes = {"generate_vmap_rule": True, **{name: staticmethod(function) for name, function in static.items()}}
+    return type("Functional", (torch.autograd.Function,), attributes).apply  # type: ignore[attr-defined]
 
+
+def first_derivative(operator: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    """Call an operator that computes a derivative; a second derivative is refused, not left out."""
+    return _FirstDerivative.apply(operator, *arguments)  # type: ignore[return-value]
+
+
+class _FirstDerivative(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
@@ -193,19 +205,10 @@ def _backward(ctx, gram_gradient: Tensor, moment_gradient: Tensor) -> tuple[Tens
         coefficients = torch.where(keep[:, None], coefficients, 0)
         mixing = None if mixing is None else torch.where(keep[:, None] & keep[:, :, None], mixing, 0)
     arguments = sr, gt, keep, mixing, coefficients, ctx.precision
-    return FirstDerivative.apply(backward_operator, *arguments), *[None] * 4
+    return first_derivative(backward_operator, *arguments), *[None] * 4
 
 
-operator.register_autograd(_backward, setup_context=_keep_inputs)
-
-
-class _Statistics(torch.autograd.Function):
-    """The operator for `torch.func`, which does not see the derivative that is registered, for traces."""
-
-    generate_vmap_rule = True
-    forward = staticmethod(operator)
-    setup_context = staticmethod(_keep_inputs)
-    backward = staticmethod(_backward)
+functional = differentiable(operator, _keep_inputs, _backward)
 
 
 def compute_dtype(sr: Tensor, gt: Tensor) -> torch.dtype:

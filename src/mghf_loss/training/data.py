@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import threading
 import warnings
 from collections import deque
@@ -24,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import _checks
 from .._files import open_image, read_pixels
 from .dead_leaves import dead_leaves
 
@@ -57,10 +59,10 @@ class Cropping:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 < self.least_scale <= 1:
-            raise ValueError(f"least_scale must be in (0, 1], got {self.least_scale}")
-        if not 0 <= self.dead_leaves <= 1:
-            raise ValueError(f"dead_leaves must be a fraction in [0, 1], got {self.dead_leaves}")
+        _checks.integer("size", self.size, least=1)
+        _checks.number("least_scale", self.least_scale, above=True, most=1)
+        _checks.number("dead_leaves", self.dead_leaves, most=1)
+        _checks.integer("seed", self.seed, least=0, most=2**32 - 1)
 
     def generator(self, slot: int) -> torch.Generator:
         """The source of all that is random in a slot."""
@@ -100,12 +102,12 @@ class Source(Protocol):
 
 
 class ImageFile:
-    """One file as a training image: `read` decodes it, `name` and `area` (in pixels) are known before."""
+    """One file as a training image: `read` decodes it, `name` and `sides` (the shorter one first) are known before."""
 
     def __init__(self, path: Path) -> None:
         self.name = str(path)
         with open_image(path) as image:  # the header only
-            self.size = image.size
+            self.sides = sorted(image.size)  # not every header tells which way up the image is
 
     def read(self) -> Tensor:
         """Decode as (3, H, W), uint8."""
@@ -131,16 +133,16 @@ class FolderCrops:
             except OSError as error:
                 _skip(self.damaged, str(path), error)
                 continue
-            if min(file.size) < cropping.size:
-                _skip(self.damaged, file.name, _too_small(file.size, cropping.size))
+            if file.sides[0] < cropping.size:
+                _skip(self.damaged, file.name, _too_small(file.sides, cropping.size))
                 continue
             self.files.append(file)
         if not self.files:
             raise ValueError(f"no training image is readable and at least {cropping.size} x {cropping.size}")
-        areas = torch.tensor([float(width * height) for width, height in (file.size for file in self.files)])
+        areas = torch.tensor([float(short * long) for short, long in (file.sides for file in self.files)])
         self.ends = areas.double().cumsum(0)
-        listing = "\n".join(f"{Path(file.name).name} {file.size}" for file in self.files)
-        self.digest = hashlib.sha256(listing.encode()).hexdigest()[:16]
+        listing = "\n".join(f"{Path(file.name).name} {file.sides}" for file in self.files)
+        self.digest = hashlib.sha256(os.fsencode(listing)).hexdigest()[:16]
 
     def jobs(self, slots: Iterable[int], rank: int, processes: int, skip: int) -> Iterator[Callable[[], Tensor]]:
         """See `Source`."""
@@ -210,7 +212,7 @@ class StreamedCrops:
         try:
             pixels = read_example(example)
             if min(pixels.shape[-2:]) < self.cropping.size:
-                raise OSError(_too_small((pixels.shape[-1], pixels.shape[-2]), self.cropping.size))
+                raise OSError(_too_small(sorted(pixels.shape[-2:]), self.cropping.size))
         except OSError as error:
             _skip(self.damaged, name, error)
             self.failures += 1
@@ -243,15 +245,17 @@ class StreamedCrops:
 def list_images(folder: str | Path, except_below: Path | None = None) -> list[Path]:
     """Return the image files below `folder`, sorted, except those below another folder, which a command writes to.
 
+    The suffix alone decides: who reads them names those that are damaged, pipes or links to nowhere.
+
     Raises `FileNotFoundError` where there are none, or no such folder.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder}")
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and not path.is_dir())
     if except_below is not None:
         below = except_below.resolve()
-        paths = [path for path in paths if not path.resolve().is_relative_to(below)]
+        paths = [path for path in paths if not Path(os.path.realpath(path)).is_relative_to(below)]
     if not paths:
         raise FileNotFoundError(f"no images ({', '.join(sorted(SUFFIXES))}) below {folder}")
     return paths
@@ -374,8 +378,8 @@ def _ahead(jobs: Iterator[Callable[[], Tensor]], threads: int, count: int) -> It
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _too_small(size: tuple[int, int], crop: int) -> str:
-    return f"{size[0]} x {size[1]} is smaller than a crop of {crop}"
+def _too_small(sides: list[int], crop: int) -> str:
+    return f"{sides[0]} x {sides[1]} is smaller than a crop of {crop}"
 
 
 def _skip(damaged: set[str], name: str, reason: object) -> None:

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from .._files import read_image, read_pixels, write_atomically, write_table
+from .._files import check_output, read_image, read_pixels, write_atomically, write_table
 from ..inn import HighFrequencyINN
 from .data import list_images
 from .objective import add_noise, bits_per_detail, code_length
@@ -337,12 +337,14 @@ def eval_inn(
 
     network = HighFrequencyINN.from_pretrained(inn).to(device)
     paths = list_images(folder, except_below=out)
-    picture = read_image(features_of or paths[0]).to(device)
-    out.mkdir(parents=True, exist_ok=True)
+    picture = features_of and read_image(features_of)
+    check_output(out)
     evaluation = evaluate(network, paths, noises or sorted({network.config.noise_floor, 0.0}, reverse=True), device)
     write_table(out / "coders.csv", evaluation.coders)
     write_table(out / "levels.csv", evaluation.levels)
     write_table(out / "responses.csv", evaluation.responses)
     plot_evaluation(out / "evaluation.png", evaluation)
-    plot_features(out / "features.png", network, picture)
+    if picture is None:
+        picture = read_image(next(path for path in paths if str(path) not in evaluation.skipped))
+    plot_features(out / "features.png", network, picture.to(device))
     return evaluation

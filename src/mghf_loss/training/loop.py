@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
-from .. import _files
+from .. import _checks, _files
 from ..coupling import Bottleneck
 from ..inn import HighFrequencyINN, INNConfig
 from .data import Cropping, Source, batches, list_images, open_dataset, open_folder, read_held_out, slot_seed
@@ -88,19 +89,12 @@ class TrainConfig:
             raise ValueError("streaming needs a dataset, got images")
         if self.validation is not None and self.held_out:
             raise ValueError(f"give validation or held_out, got {self.validation} and {self.held_out}")
-        for name, least in (
-            ("steps", 1), ("batch", 1), ("crop", 1), ("save_every", 1), ("held_out", 0), ("threads", 0),
-        ):  # fmt: skip
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        if not 0 < self.learning_rate < math.inf:
-            raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
-        if not 0 <= self.ema < 1:
-            raise ValueError(f"ema must be in [0, 1), got {self.ema}")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed must be in [0, 2^32), got {self.seed}")
-        if self.precision is not None and self.precision not in get_args(Precision):
-            raise ValueError(f"precision must be one of {get_args(Precision)}, got {self.precision!r}")
+        for name, least in {"steps": 1, "batch": 1, "crop": 1, "save_every": 1, "held_out": 0, "threads": 0}.items():
+            _checks.integer(name, getattr(self, name), least=least)
+        _checks.number("learning_rate", self.learning_rate, above=True)
+        _checks.number("ema", self.ema, below=1)
+        _checks.one_of("precision", self.precision, (None, *get_args(Precision)))
+        _ = self.cropping  # which checks the rest
 
     @property
     def cropping(self) -> Cropping:
@@ -119,10 +113,20 @@ def train_inn(config: TrainConfig, network_config: INNConfig, cpu: bool = False)
         raise ValueError(f"crop must be a multiple of 2^levels = {2**network_config.levels}, got {config.crop}")
     logs = {"log_with": "tensorboard", "project_dir": config.out} if config.tensorboard else {}
     accelerator = Accelerator(cpu=cpu, mixed_precision=config.precision, **logs)
-    if accelerator.mixed_precision not in get_args(Precision):
-        raise ValueError(f"precision {accelerator.mixed_precision!r} is not supported: choose no or bf16")
+    _checks.one_of("precision", accelerator.mixed_precision, Precision)
     if config.batch % accelerator.num_processes:
         raise ValueError(f"batch {config.batch} cannot be split over {accelerator.num_processes} processes")
+    with ExitStack() as stack:
+
+        def claim() -> None:
+            _files.check_output(config.out)
+            stack.enter_context(_files.locked(config.out))
+
+        _everywhere(claim, accelerator)
+        return _train(config, network_config, accelerator)
+
+
+def _train(config: TrainConfig, network_config: INNConfig, accelerator: Accelerator) -> HighFrequencyINN:
     main = accelerator.is_main_process
     source, held_out = _open(config, 2**network_config.levels, main)
 
@@ -138,11 +142,16 @@ def train_inn(config: TrainConfig, network_config: INNConfig, cpu: bool = False)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, _warm_up_and_cosine(config.steps))
     state = {"network": network, "average": average, "optimiser": optimiser, "schedule": schedule}
     run = _identity(config, source, accelerator) | asdict(network_config)
-    start = _restore(config.out / STATE_FILE, state, run, source, main)
+    keys, start = {*state, "step", "run", "damaged"}, 0
+    if saved := _everywhere(lambda: _load(config.out / STATE_FILE, keys, run), accelerator):
+        for name, part in state.items():
+            part.load_state_dict(saved[name])
+        source.damaged.update(saved["damaged"])
+        start = saved["step"]
+    if main and start == config.steps:  # nothing else would write a network that was lost since
+        averaged.save_pretrained(config.out)
     parallel, optimiser = accelerator.prepare(network, optimiser)
 
-    if main:
-        config.out.mkdir(parents=True, exist_ok=True)
     accelerator.wait_for_everyone()
     if config.tensorboard:
         import tensorboard  # noqa: F401  Accelerate would leave the logs out without a word
@@ -297,30 +306,27 @@ def _identity(config: TrainConfig, source: Source, accelerator: Accelerator) -> 
     }
 
 
-def _restore(path: Path, state: Mapping[str, Any], run: dict[str, Any], source: Source, main: bool) -> int:
-    """Load a saved state into the parts of `state`; return the step to go on from, 0 where there is none.
+def _everywhere(work: Callable[[], Any], accelerator: Accelerator) -> Any:
+    """Do `work` on the main process; return or raise on every process what it gave.
 
-    The main process reads and sends it to the others: they may be on nodes that do not see its disk.
+    The others may be on nodes that do not see its disk.
     """
     found: list[Any] = [None]
-    if main and path.exists():
+    if accelerator.is_main_process:
         try:
-            found = [_load(path, {*state, "step", "run", "damaged"}, run)]
-        except ValueError as error:
+            found = [work()]
+        except (OSError, ValueError) as error:
             found = [error]
     broadcast_object_list(found)
-    (saved,) = found
-    if isinstance(saved, ValueError):
-        raise saved
-    if saved is None:
-        return 0
-    for name, part in state.items():
-        part.load_state_dict(saved[name])
-    source.damaged.update(saved["damaged"])
-    return saved["step"]
+    if isinstance(found[0], Exception):
+        raise found[0]
+    return found[0]
 
 
-def _load(path: Path, keys: set[str], run: dict[str, Any]) -> dict[str, Any]:
+def _load(path: Path, keys: set[str], run: dict[str, Any]) -> dict[str, Any] | None:
+    """Read the state of the run `run`; None where there is none."""
+    if not path.exists():
+        return None
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a damaged archive raises
