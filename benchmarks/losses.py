@@ -33,7 +33,6 @@ import random
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -44,7 +43,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from benchmarks.machine import device_name, file_label, peak_bytes, percentiles, synchronize
+from benchmarks.machine import device_name, file_label, peak_bytes, percentiles, provenance, synchronize
 from benchmarks.peers import (
     PEERS,
     Peer,
@@ -69,6 +68,7 @@ from mghf_loss.toy import SmallSR, downscale
 OURS = "mghf-loss"
 STEP = "SR step"
 MIB = 2**20
+SETTING = ("device", "threads", "batch", "size")
 
 
 def content_and(inn: str, *terms: str) -> nn.Module:
@@ -230,7 +230,6 @@ def measure_times(candidates: list[Candidate], rounds: int, warmup: int) -> dict
 def measure_setting(candidates: list[Candidate], arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Rows of all candidates, which share their images."""
     times = measure_times(candidates, arguments.rounds, arguments.warmup)
-    date = datetime.now(timezone.utc).isoformat(timespec="seconds")
     rows = []
     for candidate in tqdm(candidates, desc="memory", unit="loss"):
         p20, median, p80 = times[candidate.name]
@@ -242,8 +241,7 @@ def measure_setting(candidates: list[Candidate], arguments: argparse.Namespace) 
         rows.append(
             {
                 "loss": candidate.name,
-                "device": device_name(candidate.gt.device),
-                "threads": str(arguments.threads),
+                **provenance(candidate.gt.device),
                 "batch": str(len(candidate.gt)),
                 "size": str(candidate.gt.shape[-1]),
                 "median_ms": f"{median:.3f}",
@@ -255,16 +253,14 @@ def measure_setting(candidates: list[Candidate], arguments: argparse.Namespace) 
                 "ratio_alex": over("lpips alex"),
                 "ratio_vgg": over("lpips vgg"),
                 "share_of_sr_step": over(STEP),
-                "torch": torch.__version__,
                 "package_version": f"{package} {version(package)}",
-                "date": date,
             }
         )
     return rows
 
 
 def setting_of(row: dict[str, Any]) -> tuple[str, ...]:
-    return tuple(row[key] for key in ("device", "threads", "batch", "size"))
+    return tuple(row[key] for key in SETTING)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -273,7 +269,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         return []
     with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    return rows if rows and "share_of_sr_step" in rows[0] else []
+    return rows if rows and {"share_of_sr_step", "commit"} <= rows[0].keys() else []
 
 
 def merge(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -281,34 +277,14 @@ def merge(path: Path, rows: list[dict[str, Any]]) -> None:
     new = {row["loss"] for row in rows}
     kept = [row for row in read_rows(path) if setting_of(row) != setting_of(rows[0]) or row["loss"] not in new]
     order = list(entries(""))
-    table = sorted(
-        [*kept, *rows],
-        key=lambda row: (
-            row["device"],
-            int(row["threads"]),
-            int(row["batch"]),
-            int(row["size"]),
-            order.index(row["loss"]),
-        ),
-    )
+
+    def rank(row: dict[str, Any]) -> tuple[Any, ...]:
+        device, *numbers = setting_of(row)
+        return device, *(int(number or 0) for number in numbers), order.index(row["loss"])
+
+    table = sorted([*kept, *rows], key=rank)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_table(path, table)
-
-
-def print_table(rows: list[dict[str, Any]]) -> None:
-    columns = [
-        "loss",
-        "median_ms",
-        "p20_ms",
-        "p80_ms",
-        "peak_mib",
-        "saved_mib",
-        "weights_mib",
-        "ratio_alex",
-        "ratio_vgg",
-        "share_of_sr_step",
-    ]
-    print(format_table([{column: row[column] for column in columns} for row in rows]))
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -359,7 +335,8 @@ def main() -> None:
             threads = f"{arguments.threads} thread{'s' if arguments.threads > 1 else ''}"
             shape = " x ".join(map(str, gt.shape))
             print(f"\n{name}, {threads}, {shape}, float32, {arguments.rounds} rounds, forward + backward")
-            print_table(rows)
+            hidden = {*SETTING, *provenance(device), "package_version"}
+            print(format_table([{key: value for key, value in row.items() if key not in hidden} for row in rows]))
     print(f"wrote {path}")
 
 

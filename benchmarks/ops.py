@@ -129,42 +129,22 @@ def compiled(call: Call) -> Call:
 def cases(quick: bool, device: torch.device) -> list[dict[str, Any]]:
     """What is measured, `FIRST` and then cheap cases first: operator, shape, dtype, modulation and tolerance."""
     on_gpu = device.type == "cuda"
-    statistics = [(1, 9, 32), (1, 12, 64), (1, 45, 32), (4, 45, 64)]
-    nce = [(1, 9, 256), (4, 45, 256), (1, 12, 1024), (1, 45, 1024)]
+    statistics = [(1, 9, 32), (1, 12, 64), (1, 45, 32), (4, 45, 64)]  # batch, channels, side
+    nce = [(1, 9, 256), (4, 45, 256), (1, 12, 1024), (1, 45, 1024)]  # batch, channels, locations
     if not quick:
         statistics += [(16, 9, 48), (1, 189, 32), (2, 189, 64)]
         nce += [(16, 9, 256), (16, 189, 256), (1, 189, 1024)]
     if not quick and on_gpu:
-        statistics += [
-            (16, 64, 64), (16, 9, 256), (32, 12, 128), (16, 45, 128), (8, 64, 256), (16, 189, 64), (8, 189, 128),
-        ]  # fmt: skip
-        nce += [
-            (16, 45, 1024),
-            (16, 12, 4096),
-            (16, 45, 4096),
-            (16, 64, 4096),
-            (4, 189, 4096),
-            (1, 189, 16384),
-            (1, 64, 65536),
-        ]
+        statistics += [(16, 64, 64), (16, 9, 256), (32, 12, 128), (16, 45, 128)]
+        statistics += [(8, 64, 256), (16, 189, 64), (8, 189, 128)]
+        nce += [(16, 45, 1024), (16, 12, 4096), (16, 45, 4096), (16, 64, 4096)]
+        nce += [(4, 189, 4096), (1, 189, 16384), (1, 64, 65536)]
     dtypes = ["float32", "bfloat16"] if on_gpu else ["float32"]
-    found = [
-        {"operator": "statistics", "batch": b, "channels": c, "places": side * side, "dtype": dtype, "modulation": ""}
-        for b, c, side in statistics
-        for dtype in dtypes
-    ]
-    for b, c, n in nce:
-        for modulation in ("plain", "hard", "hard, 50 iterations"):
-            found.append(
-                {
-                    "operator": "patch_nce",
-                    "batch": b,
-                    "channels": c,
-                    "places": n,
-                    "dtype": "float32",
-                    "modulation": modulation,
-                }
-            )
+    modulations = ("plain", "hard", "hard, 50 iterations")
+    listed = [("statistics", b, c, side**2, dtype, "") for b, c, side in statistics for dtype in dtypes]
+    listed += [("patch_nce", b, c, n, "float32", modulation) for b, c, n in nce for modulation in modulations]
+    names = ("operator", "batch", "channels", "places", "dtype", "modulation")
+    found: list[dict[str, Any]] = [dict(zip(names, each, strict=True)) for each in listed]
 
     def rank(case: dict[str, Any]) -> int:
         shape = (case["operator"], case["batch"], case["channels"], case["places"])
@@ -217,11 +197,8 @@ def ceilings(device: torch.device) -> dict[str, float]:
     copy = percentiles(samples(lambda: target.copy_(source), device, 0.05, 0.5))[1]
     found = {"copy_gb_s": 2 * source.numel() * 4 / copy / 1e6}
     size = 8192 if on_gpu else 768
-    for name, dtype, tf32 in (
-        ("fp32", torch.float32, False),
-        ("tf32", torch.float32, True),
-        ("fp16", torch.float16, False),
-    ):
+    single, half = torch.float32, torch.float16
+    for name, dtype, tf32 in (("fp32", single, False), ("tf32", single, True), ("fp16", half, False)):
         if name != "fp32" and not on_gpu:
             continue
         a = torch.randn(size, size, device=device).to(dtype)

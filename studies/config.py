@@ -18,7 +18,7 @@ else:
     import tomli as tomllib
 
 L1 = "L1"
-LEAST_STEPS = 20
+LEAST = {"steps": 20, "round": 20, "crop": 32, "judge_side": LEAST_SIDE}  # of the protocol; else more than 0
 
 
 @dataclass(frozen=True)
@@ -144,11 +144,8 @@ def _section(kind: type, content: Any, where: str) -> Any:
 
 
 def _number(name: str, value: Any, least: float, whole: bool = False) -> None:
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, (int,) if whole else (int, float))
-        or not least <= value < math.inf
-    ):
+    kinds = (int,) if whole else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value < math.inf:
         raise ValueError(f"{name} must be a {'whole ' if whole else ''}number of at least {least:g}, got {value!r}")
 
 
@@ -165,17 +162,12 @@ def check_known(name: str, value: Any, known: Any) -> None:
 
 
 def _check(config: Config) -> None:
-    protocol = config.protocol
-    for name in ("steps", "round"):
-        _number(f"protocol.{name}", getattr(protocol, name), LEAST_STEPS, whole=True)
-    for name in ("batch", "patience", "most_rounds"):
-        _number(f"protocol.{name}", getattr(protocol, name), 1, whole=True)
-    _number("protocol.crop", protocol.crop, 32, whole=True)
-    _number("protocol.judge_side", protocol.judge_side, LEAST_SIDE, whole=True)
-    if protocol.crop % 8:
-        raise ValueError(f"protocol.crop must be a multiple of 8, got {protocol.crop}")
-    for name in ("learning_rate", "base_learning_rate", "clip", "rise", "allowance"):
-        _number(f"protocol.{name}", getattr(protocol, name), 1e-9)
+    for each in fields(Protocol):
+        whole = each.type == "int"
+        least = LEAST.get(each.name, 1 if whole else 1e-9)
+        _number(f"protocol.{each.name}", getattr(config.protocol, each.name), least, whole)
+    if config.protocol.crop % 8:
+        raise ValueError(f"protocol.crop must be a multiple of 8, got {config.protocol.crop}")
     _check_losses(config.losses)
     names = [track.name for track in config.tracks]
     for track in config.tracks:
@@ -192,8 +184,8 @@ def _check(config: Config) -> None:
         if not track.seeds:
             raise ValueError(f"{where}: seeds must name one at least")
         _numbers(f"{where}: critic", track.critic, 1e-9)
-        if track.critic and track.factors_of is None:
-            raise ValueError(f"{where}: a critic needs factors_of, the track that chooses the factors")
+        if bool(track.critic) != (track.factors_of is not None):
+            raise ValueError(f"{where}: critic and factors_of, the track that chooses the factors, go together")
         if track.factors_of is not None:
             check_known(f"factors_of of {where}", track.factors_of, names)
             source = config.track(track.factors_of)

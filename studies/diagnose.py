@@ -40,7 +40,7 @@ HERE = Path(__file__).parent
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "stereo_motorcycle")
 SIDE = 96
 PERIOD = 8
-STEPS, LEARNING_RATE = 150, 0.02
+STEPS, LEARNING_RATE = 150, 0.005
 FALL = 0.01  # of a response, relative to its largest value: less is no fall
 
 

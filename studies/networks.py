@@ -26,8 +26,8 @@ from mghf_loss import HighFrequencyINN, INNConfig
 from mghf_loss._files import format_table, write_atomically
 from mghf_loss.mghf import COEFFICIENTS
 from mghf_loss.toy import downscale, upscale
+from mghf_loss.training.evaluation import network_bits
 from mghf_loss.training.loop import TrainConfig, train_inn
-from mghf_loss.training.objective import add_noise, code_length
 
 from . import losses, photographs
 from .store import slug
@@ -45,6 +45,7 @@ CANDIDATES = {
 }
 PRESET = "paper"
 CROPS, CROP = 32, 96
+TUNING_SIDE = 320
 
 
 def train(name: str, images: Path, out: Path, steps: int, device: str) -> Path:
@@ -55,18 +56,6 @@ def train(name: str, images: Path, out: Path, steps: int, device: str) -> Path:
     with (folder / "log.txt").open("a", encoding="utf-8") as log, contextlib.redirect_stderr(log):
         train_inn(training, CANDIDATES[name], cpu=device == "cpu")
     return folder
-
-
-@torch.no_grad()
-def held_out_code_length(network: HighFrequencyINN, images: list[Tensor]) -> float:
-    """Bits per detail value of photographs with the noise that the network is made for, mean over photographs."""
-    lengths = []
-    for index, image in enumerate(images):
-        height, width = (side // network.stride * network.stride for side in image.shape[-2:])
-        clean = 2 * photographs.unit_range(image[:, :height, :width]) - 1
-        noisy = add_noise(clean, network.config.noise_floor, torch.Generator().manual_seed(index))
-        lengths.append(code_length(network(noisy), network.config.variant).item())
-    return statistics.mean(lengths)
 
 
 def gradients(network: str, sr: Tensor, gt: Tensor) -> dict[str, float]:
@@ -109,14 +98,12 @@ def run(arguments: argparse.Namespace) -> None:
             ratios = gradients(path, sr, gt)
             found[name] = path, {term: COEFFICIENTS[PRESET][term] * wanted[term] / ratios[term] for term in ratios}
         network = HighFrequencyINN.from_pretrained(found[name][0])
-        rows.append(
-            {
-                "candidate": name,
-                "parameters": sum(parameter.numel() for parameter in network.parameters()),
-                "bits per detail": held_out_code_length(network, photographs.load(arguments.tune)),
-                **found[name][1],
-            }
-        )
+        generator = torch.Generator().manual_seed(0)
+        images = [photographs.middle(image, TUNING_SIDE)[None] for image in photographs.load(arguments.tune)]
+        bits = [network_bits(network, image, generator, "cpu") for image in images]
+        parameters = sum(parameter.numel() for parameter in network.parameters())
+        row = {"candidate": name, "parameters": parameters, "bits": statistics.mean(bits), **found[name][1]}
+        rows.append(row)
     write_config(arguments.out / "networks.toml", found, "sr-bicubic")
     print(format_table(rows))
     print(f"wrote {arguments.out / 'networks.toml'}, a configuration of studies.run")

@@ -180,6 +180,10 @@ class Study:
             self._read[path] = read_json(path)
         return self._read[path]["values"] if path in self._read else {}
 
+    def means(self, run: Run) -> dict[str, float]:
+        """What the tuning photographs say."""
+        return {name: mean(values) for name, values in self.figures("runs", run).items()}
+
     def is_done(self, kind: str, run: Run) -> bool:
         return self.path(kind, run).exists()
 
@@ -247,14 +251,13 @@ class Study:
         first = Run(track.model, track.task, track.seeds[0])
         yield first
         others = [replace(first, seed=seed) for seed in track.seeds[1:]]
-        if track.critic:
-            for run in (first, *others):
-                for weight in track.critic:
-                    yield replace(run, critic=weight)
-                    for loss in self.available(track):
-                        ratio = self.chosen(self.config.track(track.factors_of or ""), loss)
-                        if ratio is not None:
-                            yield replace(run, loss=loss, ratio=ratio, critic=weight)
+        if track.factors_of is not None:
+            source = self.config.track(track.factors_of)
+            chosen = {L1: 0.0, **{loss: self.chosen(source, loss) for loss in self.available(track)}}
+            for run, weight in itertools.product((first, *others), track.critic):
+                for loss, ratio in chosen.items():
+                    if ratio is not None:
+                        yield replace(run, loss=loss, ratio=ratio, critic=weight)
             return
         for loss in self.available(track):
             for ratio in self.ratios(track, loss):
@@ -275,30 +278,20 @@ class Study:
     def available(self, track: Track) -> list[str]:
         return [loss for loss in track.losses if loss not in self.skipped]
 
-    def curve(self, track: Track, loss: str, seed: int | None = None) -> dict[float, dict[str, float]]:
-        """Means over the tuning photographs by ratio, of the finished runs of one seed."""
-        run = Run(track.model, track.task, track.seeds[0] if seed is None else seed, loss)
-        spec, found = self.config.losses[loss], {}
-        fixed = spec.factor is not None
-        candidates = [1.0] if fixed else sorted({*spec.ratios, *_grown(spec.ratios, spec.grow)})
-        for ratio in candidates:
-            if self.is_done("runs", replace(run, ratio=ratio)):
-                values = self.figures("runs", replace(run, ratio=ratio))
-                found[ratio] = {name: mean(value) for name, value in values.items()}
-        return found
-
     def scored(self, track: Track, loss: str) -> tuple[dict[float, float], dict[float, float]] | None:
         """Score and drop of PSNR by ratio, of the first seed; none before L1 is done."""
         first = Run(track.model, track.task, track.seeds[0])
         if not self.is_done("runs", first):
             return None
-        of_l1 = {name: mean(value) for name, value in self.figures("runs", first).items()}
+        of_l1 = self.means(first)
         if not of_l1:
             raise ValueError(f"{first.name} diverged: there is nothing to compare with")
-        curve = self.curve(track, loss)
+        spec = self.config.losses[loss]
+        tried = [1.0] if spec.factor is not None else sorted({*spec.ratios, *_grown(spec.ratios, spec.grow)})
+        runs = {ratio: replace(first, loss=loss, ratio=ratio) for ratio in tried}
+        curve = {ratio: self.means(run) for ratio, run in runs.items() if self.is_done("runs", run)}
         scores = {ratio: score(figures, of_l1, self.config.protocol.allowance) for ratio, figures in curve.items()}
-        drops = {ratio: of_l1["psnr"] - figures.get("psnr", -math.inf) for ratio, figures in curve.items()}
-        return scores, drops
+        return scores, {ratio: of_l1["psnr"] - figures.get("psnr", -math.inf) for ratio, figures in curve.items()}
 
     def ratios(self, track: Track, loss: str) -> list[float]:
         """The ratios of the first seed: what is done and what comes next."""

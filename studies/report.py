@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from mghf_loss._files import write_atomically
 from . import config, losses, photographs, tables
 from .config import L1, Track
 from .metrics import METRICS
-from .protocol import DROPS, LEAST_RATIO, MOST_RATIO, Folders, Run, Study
+from .protocol import DROPS, Folders, Run, Study
 from .store import read_json, slug
 from .training import restore
 
@@ -47,7 +47,7 @@ class Entry:
     loss: str
     ratio: float
     reference: str
-    seeds: tuple[int, ...]
+    seeds: int
     values: dict[str, Tensor]
 
     def figure(self, metric: str) -> float:
@@ -57,47 +57,36 @@ class Entry:
 def entry(study: Study, track: Track, loss: str, ratio: float, critic: float = 0.0) -> Entry | None:
     """The row of a loss, once a seed of it is judged and none diverged."""
     runs = [Run(track.model, track.task, seed, loss, ratio, critic) for seed in track.seeds]
-    judged = {run.seed: study.figures("judged", run) for run in runs if study.is_done("judged", run)}
-    if not judged or not all(judged.values()):
+    judged = [study.figures("judged", run) for run in runs if study.is_done("judged", run)]
+    if not judged or not all(judged):
         return None
-    names = [name for name in METRICS if all(name in values for values in judged.values())]
-    values = {name: tables.over_seeds([each[name] for each in judged.values()]) for name in names}
+    names = [name for name in METRICS if all(name in values for values in judged)]
+    values = {name: tables.over_seeds([each[name] for each in judged]) for name in names}
     weight = f", GAN {critic:g}" if critic else ""
-    return Entry(loss + weight, loss, ratio, L1 + weight, tuple(judged), values)
+    return Entry(loss + weight, loss, ratio, L1 + weight, len(judged), values)
 
 
-def chosen_entries(study: Study, track: Track) -> Iterator[Entry]:
-    """L1 and every loss at its chosen factor."""
-    source = config_track(study, track)
-    for critic in (0.0, *track.critic):
-        for loss in (L1, *study.available(track)):
-            ratio = 0.0 if loss == L1 else study.chosen(source, loss)
-            if ratio is not None and (critic or not track.critic or loss == L1):
-                found = entry(study, track, loss, ratio, critic)
-                if found is not None:
-                    yield found
-
-
-def config_track(study: Study, track: Track) -> Track:
-    """The track that chooses the factors."""
-    return track if track.factors_of is None else study.config.track(track.factors_of)
-
-
-def curve(study: Study, track: Track, loss: str) -> list[Entry]:
-    """L1 and the judged points of a loss, by ratio."""
-    points = [entry(study, track, L1, 0.0)]
-    points += [entry(study, track, loss, ratio) for ratio in study.compared_ratios(track, loss)]
-    return [point for point in points if point is not None]
+def lines(study: Study, track: Track, whole: bool) -> dict[str, list[Entry]]:
+    """The rows of every loss: at its chosen factor, or `whole`, at all that were judged; over the GAN weight if any."""
+    source = study.config.track(track.factors_of) if track.factors_of else track
+    found = {}
+    for loss in (L1, *study.available(track)):
+        chosen = 0.0 if loss == L1 else study.chosen(source, loss)
+        ratios = [] if chosen is None else [chosen]
+        if whole and not track.critic and loss != L1:
+            ratios = study.compared_ratios(track, loss)
+        points = [entry(study, track, loss, ratio, critic) for critic in track.critic or (0.0,) for ratio in ratios]
+        found[loss] = [point for point in points if point is not None]
+    return {loss: points for loss, points in found.items() if points}
 
 
 def drop(point: Entry, l1: Entry) -> float:
     return l1.figure("psnr") - point.figure("psnr")
 
 
-def optimised(study: Study, entries: Sequence[Entry], metric: str) -> set[str]:
-    """Labels of the rows whose loss minimises what the metric measures."""
-    types = {e.label: study.config.losses[e.loss].type for e in entries if e.loss != L1}
-    return {label for label, kind in types.items() if metric in losses.OPTIMISED.get(kind, ())}
+def is_optimised(study: Study, loss: str, metric: str) -> bool:
+    """Whether a loss minimises what a metric measures."""
+    return loss != L1 and metric in losses.OPTIMISED.get(study.config.losses[loss].type, ())
 
 
 def value_tables(study: Study, entries: Sequence[Entry]) -> Iterator[str]:
@@ -106,146 +95,106 @@ def value_tables(study: Study, entries: Sequence[Entry]) -> Iterator[str]:
         columns = {}
         for metric in group:
             figures = {e.label: e.figure(metric) for e in entries if metric in e.values}
+            optimised = {e.label for e in entries if is_optimised(study, e.loss, metric)}
             if figures:
-                columns[metric] = tables.best_in_bold(metric, figures, optimised(study, entries, metric))
+                columns[tables.heading(metric)] = tables.best_in_bold(metric, figures, optimised)
         if columns:
-            yield tables.markdown(
-                [
-                    {
-                        "loss": e.label,
-                        **{tables.heading(name): cells.get(e.label, "") for name, cells in columns.items()},
-                    }
-                    for e in entries
-                ]
-            )
+            rows = [{name: cells.get(e.label, "") for name, cells in columns.items()} for e in entries]
+            yield tables.markdown([{"loss": e.label, **row} for e, row in zip(entries, rows, strict=True)])
 
 
-def change_table(entries: Sequence[Entry], metrics: Sequence[str]) -> str | None:
-    """Differences from the reference with 95 % intervals."""
-    by_label = {e.label: e for e in entries}
-    rows = []
-    for e in entries:
-        reference = by_label.get(e.reference)
-        if e.loss == L1 or reference is None:
-            continue
-        row = {"loss": e.label}
-        for metric in metrics:
-            if metric in e.values and metric in reference.values:
-                change = tables.difference(e.values[metric], reference.values[metric], metric in POOLED)
-                row[tables.heading(metric)] = tables.difference_text(metric, change)
-        rows.append(row)
-    return tables.markdown(rows) if rows else None
+def changes(
+    study: Study, loss: str, values: Mapping[str, Tensor], l1: Mapping[str, Tensor], metrics: Sequence[str]
+) -> dict[str, str]:
+    """Cells of differences from L1, with 95 % intervals."""
+    cells = {}
+    for metric in metrics:
+        if metric in values and metric in l1:
+            text = tables.difference_text(metric, tables.difference(values[metric], l1[metric], metric in POOLED))
+            cells[tables.heading(metric)] = text + tables.OPTIMISED * is_optimised(study, loss, metric)
+    return cells
 
 
-def equal_psnr_tables(study: Study, track: Track) -> Iterator[str]:
+def equal_psnr_tables(study: Study, track: Track, l1: Entry) -> Iterator[str]:
     """What each loss changes where it costs the same PSNR, by interpolation between its judged factors."""
     for target in DROPS:
         rows = []
-        for loss in study.available(track):
-            points = curve(study, track, loss)
-            if len(points) < 2:
-                continue
-            found = tables.at_drop([(p.ratio, drop(p, points[0]), p.values) for p in points], target)
-            if found is not None:
-                marks = [m for m in COMPARED if m in losses.OPTIMISED.get(study.config.losses[loss].type, ())]
-                row = {"loss": loss, "ratio": f"{found[0]:.3g}"}
-                for metric in COMPARED:
-                    if metric in found[1]:
-                        change = tables.difference(found[1][metric], points[0].values[metric], metric in POOLED)
-                        mark = tables.OPTIMISED if metric in marks else ""
-                        row[tables.heading(metric)] = tables.difference_text(metric, change) + mark
-                rows.append(row)
+        for loss, points in lines(study, track, whole=True).items():
+            curve = [(p.ratio, drop(p, l1), p.values) for p in (l1, *points)]
+            if loss != L1 and (found := tables.at_drop(curve, target)) is not None:
+                cells = changes(study, loss, found[1], l1.values, COMPARED)
+                rows.append({"loss": loss, "ratio": f"{found[0]:.3g}", **cells})
         if rows:
             yield f"### At -{target:g} dB\n\n" + tables.markdown(rows)
 
 
-def choice_table(study: Study, track: Track) -> str | None:
+def choice_table(study: Study, track: Track) -> Iterator[str]:
     """The choice of the factors on the tuning photographs."""
     rows = []
     for loss in study.available(track):
-        chosen = study.chosen(track, loss)
-        scored = study.scored(track, loss)
+        chosen, scored = study.chosen(track, loss), study.scored(track, loss)
         if chosen is None or scored is None:
             continue
         scores, drops = scored
-        at_end = "" if min(scores) < chosen < max(scores) or len(scores) == 1 else ", at the end"
-        if chosen / 4 < LEAST_RATIO or chosen * 4 > MOST_RATIO:
-            at_end += " of what is tried"
-        helps = "none helps, " if scores[chosen] > 0 else ""
+        is_inside = min(scores) < chosen < max(scores) or len(scores) == 1
+        notes = ["" if is_inside else ", at the end", "" if scores[chosen] <= 0 else ", no better than L1"]
         rows.append(
             {
                 "loss": loss,
                 "ratios": ", ".join(f"{ratio:g}" for ratio in sorted(scores)),
-                "chosen": f"{helps}{chosen:g}{at_end}",
+                "chosen": f"{chosen:g}{''.join(notes)}",
                 "factor": f"{study.factor(Run(track.model, track.task, track.seeds[0], loss, chosen)):.3g}",
                 "PSNR, dB": f"{-drops[chosen]:+.2f}",
                 "score": f"{scores[chosen]:+.3f}",
             }
         )
-    return tables.markdown(rows) if rows else None
+    if rows:
+        yield "### Factors, chosen on the tuning photographs\n\n" + tables.markdown(rows)
 
 
 def track_report(study: Study, track: Track, figures: Path) -> str:
     """The tables of a track; its figures are drawn."""
-    title = f"## {track.name}: {track.model}, {track.task}"
-    entries = list(chosen_entries(study, track))
-    if not entries:
-        return f"{title}\n\nNot judged yet."
-    seeds = sorted({len(e.seeds) for e in entries})
-    parts = [title, f"Mean over {' to '.join(map(str, {seeds[0]: 1, seeds[-1]: 1}))} seeds."]
-    if not track.critic and (choice := choice_table(study, track)):
-        parts += ["### Factors, chosen on the tuning photographs", choice]
+    parts = [f"## {track.name}: {track.model}, {track.task}"]
+    entries = [point for points in lines(study, track, whole=False).values() for point in points]
+    l1 = entry(study, track, L1, 0.0)
+    if l1 is None or not entries:
+        return "\n\n".join([*parts, "Not judged yet."])
+    parts.append(f"Mean over {min(e.seeds for e in entries)} to {max(e.seeds for e in entries)} seeds.")
+    parts += [] if track.critic else choice_table(study, track)
     parts += ["### At the chosen factor", *value_tables(study, entries)]
+    references = {e.label: e for e in (l1, *entries)}
     for metrics in (("psnr", "ssim", "haarpsi", "jod"), ("niqe", "kid_lite2", "spectrum_error", "feature_distance")):
-        if (changes := change_table(entries, metrics)) is not None:
-            parts += [f"Against L1, {', '.join(metrics)}:", changes]
+        rows = [
+            {"against L1": e.label, **changes(study, e.loss, e.values, references[e.reference].values, metrics)}
+            for e in entries
+            if e.loss != L1 and e.reference in references
+        ]
+        parts += [tables.markdown(rows)] if rows else []
     if not track.critic:
-        parts += equal_psnr_tables(study, track)
+        parts += equal_psnr_tables(study, track, l1)
         plot_factors(study, track, figures / f"{slug(track.name)}-factors.png")
-    plot_front(study, track, figures / f"{slug(track.name)}-front.png")
+    plot_front(study, track, l1, figures / f"{slug(track.name)}-front.png")
     return "\n\n".join(parts)
 
 
-def lines(study: Study, track: Track) -> dict[str, list[Entry]]:
-    """A line a loss: over the factor, or over the weight of the critic."""
-    if not track.critic:
-        return {loss: curve(study, track, loss) for loss in study.available(track)}
-    source, found = config_track(study, track), {}
-    for loss in (L1, *study.available(track)):
-        ratio = 0.0 if loss == L1 else study.chosen(source, loss)
-        points = [] if ratio is None else [entry(study, track, loss, ratio, critic) for critic in track.critic]
-        found[loss] = [point for point in points if point is not None]
-    return found
-
-
-def plot_front(study: Study, track: Track, path: Path) -> None:
+def plot_front(study: Study, track: Track, l1: Entry, path: Path) -> None:
     """Perception against distortion on the photographs that judge, a labelled line a loss."""
     from matplotlib import pyplot as plt
 
-    l1 = entry(study, track, L1, 0.0)
-    shown = {loss: points for loss, points in lines(study, track).items() if points}
-    metrics = [name for name in COMPARED if l1 is not None and name in l1.values]
-    if l1 is None or not shown or not metrics:
-        return
-    rows = -(-len(metrics) // 2)
-    figure, axes = plt.subplots(rows, 2, figsize=(13, 5.2 * rows), layout="constrained", squeeze=False)
-    for axis, metric in zip(axes.flat, metrics, strict=False):
+    figure, axes = plt.subplots(2, 2, figsize=(13, 10.4), layout="constrained")
+    for axis, metric in zip(axes.flat, COMPARED, strict=True):
+        if metric not in l1.values:
+            axis.set_axis_off()
+            continue
         axis.plot(0, l1.figure(metric), "k*", markersize=12, zorder=5)
-        for index, (loss, points) in enumerate(shown.items()):
+        for index, (loss, points) in enumerate(lines(study, track, whole=True).items()):
             is_ours = loss != L1 and study.config.losses[loss].type in losses.OURS
-            places = [(-drop(point, l1), point.figure(metric)) for point in points]
-            style = {"color": f"C{index % 10}", "linewidth": 2.4 if is_ours else 1.0, "marker": "."}
-            axis.plot(*zip(*places, strict=True), **style)
-            axis.annotate(loss, places[-1], (4, 0), textcoords="offset points", fontsize=7, color=style["color"])
+            draw_line(axis, [(-drop(p, l1), p.figure(metric)) for p in points], loss, index, 2.4 if is_ours else 1.0)
         axis.set_xlabel("PSNR against L1, dB")
         axis.set_ylabel(tables.heading(metric))
         axis.set_xlim(left=-3 * max(DROPS))
-        axis.grid(alpha=0.3)
-    for axis in axes.flat[len(metrics) :]:
-        axis.set_axis_off()
-    figure.suptitle(
-        f"{track.name}: lines over {'the GAN weight' if track.critic else 'the factor'}; star: L1", fontsize=10
-    )
+    over = "the GAN weight" if track.critic else "the factor"
+    figure.suptitle(f"{track.name}: lines over {over}; star: L1", fontsize=10)
     save(figure, path)
 
 
@@ -254,23 +203,25 @@ def plot_factors(study: Study, track: Track, path: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(13, 5), layout="constrained")
-    for index, loss in enumerate(study.available(track)):
-        scored = study.scored(track, loss)
-        if scored is None or study.config.losses[loss].factor is not None:
-            continue
-        for axis, values in zip(axes, (scored[1], scored[0]), strict=True):
-            points = sorted((ratio, value) for ratio, value in values.items() if math.isfinite(value))
-            if points:
-                axis.plot(*zip(*points, strict=True), marker=".", color=f"C{index % 10}")
-                axis.annotate(loss, points[-1], (4, 0), textcoords="offset points", fontsize=7, color=f"C{index % 10}")
-    for axis, label in zip(
-        axes, ("drop of PSNR, dB", f"score of {', '.join(COMPARED)}; less is better than L1"), strict=True
-    ):
+    labels = ("score, less is better, L1 has 0", "drop of PSNR, dB")
+    for which, (axis, label) in enumerate(zip(axes, labels, strict=True)):
+        for index, loss in enumerate(study.available(track)):
+            scored = study.scored(track, loss)
+            if scored is not None:
+                points = sorted((ratio, value) for ratio, value in scored[which].items() if math.isfinite(value))
+                draw_line(axis, points, loss, index, 1.0)
         axis.set_xscale("log", base=4)
         axis.set_xlabel("factor, multiples of equal gradients")
         axis.set_ylabel(label)
-        axis.grid(alpha=0.3)
     save(figure, path)
+
+
+def draw_line(axis: Any, points: Sequence[tuple[float, float]], label: str, index: int, width: float) -> None:
+    """A line with its name at the end."""
+    if points:
+        axis.plot(*zip(*points, strict=True), marker=".", color=f"C{index % 10}", linewidth=width)
+        axis.annotate(label, points[-1], (4, 0), textcoords="offset points", fontsize=7, color=f"C{index % 10}")
+    axis.grid(alpha=0.3)
 
 
 def plot_crops(study: Study, track: Track, path: Path, names: Sequence[str]) -> None:
@@ -278,12 +229,12 @@ def plot_crops(study: Study, track: Track, path: Path, names: Sequence[str]) -> 
     from matplotlib import pyplot as plt
 
     shown: dict[str, Run] = {L1: Run(track.model, track.task, track.seeds[0])}
+    l1, judged = entry(study, track, L1, 0.0), lines(study, track, whole=True)
     for loss in names:
-        points = curve(study, track, loss)
-        if len(points) > 1:
-            nearest = min(points[1:], key=lambda point: abs(drop(point, points[0]) - CROP_DROP))
-            label = f"{loss}, {-drop(nearest, points[0]):+.2f} dB"
-            shown[label] = replace(shown[L1], loss=loss, ratio=nearest.ratio)
+        if l1 is not None and loss in judged:
+            drops = {point.ratio: drop(point, l1) for point in judged[loss]}
+            nearest = min(drops, key=lambda ratio: abs(drops[ratio] - CROP_DROP))
+            shown[f"{loss}, {-drops[nearest]:+.2f} dB"] = replace(shown[L1], loss=loss, ratio=nearest)
     if len(shown) < 2:
         return
     models = {label: study.restorer(run) for label, run in shown.items()}
