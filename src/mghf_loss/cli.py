@@ -25,8 +25,9 @@ EXTRAS = {"train-inn": "train", "eval-inn": "train"}  # what a command needs whe
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return 0, 2 after a one-line error on stderr, or 130 after Ctrl-C."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be text
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # file names need not be text
     options = argparse.Namespace(command=None)
     try:
         _parser().parse_args(arguments, options)
