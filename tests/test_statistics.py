@@ -120,6 +120,7 @@ def test_strides_do_not_matter(layout):
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("gram", [True, False])
 @pytest.mark.parametrize("keep", [None, torch.tensor([[True, False, True]] * 2)])
+@pytest.mark.compile
 def test_opcheck(gram, keep, layout):
     sr, gt = (level.contiguous(memory_format=layout) for level in levels(2, 3, 4, 5, dtype=torch.float32))
     arguments = (sr.requires_grad_(), gt, keep, gram, "fast")

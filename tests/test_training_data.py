@@ -24,6 +24,8 @@ from mghf_loss.training.data import (
 )
 from mghf_loss.training.dead_leaves import dead_leaves
 
+pytestmark = pytest.mark.train
+
 
 def crops_of(folder: Path, cropping: Cropping | None = None, **options) -> FolderCrops:
     return FolderCrops(list_images(folder), cropping or Cropping(16), **options)
