@@ -208,11 +208,11 @@ def test_an_interrupt_is_one_line(monkeypatch, capsys):
 @pytest.mark.parametrize("imported", ["torch", "mghf_loss.mghf", "matplotlib", "accelerate"])
 def test_an_interrupt_of_an_import_is_one_line(imported, tmp_path):
     program = f"""
-import sys
+import signal, sys
 class Interrupt:
     def find_spec(name, *_):
         if name == {imported!r}:
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGINT)
 sys.meta_path.insert(0, Interrupt)
 from mghf_loss.cli import main
 sys.exit(main(sys.argv[1:]))
