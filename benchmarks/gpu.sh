@@ -4,7 +4,7 @@
 #     bash benchmarks/gpu.sh [FOLDER]
 #
 # FOLDER (default benchmarks/results) gets path.txt, tests.txt, checks.txt, ops-checks-<device>.json, crossover.txt,
-# losses-gpu.csv, ops-<device>.csv and .png, and status.txt. PYTHON names the interpreter (default python); torch with Triton,
+# losses-gpu.csv, ops-<device>.csv and status.txt. PYTHON names the interpreter (default python); torch with Triton,
 # FrEIA, safetensors and huggingface_hub must be importable there, the package itself is taken from src/. A part that
 # fails or runs out of time is named in status.txt and does not stop the next one.
 set -uo pipefail
@@ -21,7 +21,7 @@ if [[ -n $reason ]]; then
 fi
 mkdir -p "$folder"
 folder=$(cd "$folder" && pwd)
-export PYTHONPATH="$PWD/src:$PWD/benchmarks${PYTHONPATH:+:$PYTHONPATH}"
+export PYTHONPATH="$PWD/src:$PWD${PYTHONPATH:+:$PYTHONPATH}"
 export TRITON_DEFAULT_FP_FUSION=1
 : >"$folder/status.txt"
 
@@ -47,13 +47,13 @@ path() {
     "$python" -c 'import mghf_loss.ops as ops; print(ops.active_path())' | tee "$folder/path.txt"
 }
 checks() {
-    "$python" benchmarks/ops.py --device cuda --checks --out "$folder" | tee "$folder/checks.txt"
+    "$python" -m benchmarks.ops_checks --out "$folder" | tee "$folder/checks.txt"
 }
 crossover() {
-    "$python" benchmarks/ops.py --device cuda --crossover | tee "$folder/crossover.txt"
+    "$python" -m benchmarks.ops --device cuda --crossover | tee "$folder/crossover.txt"
 }
 losses() {
-    "$python" benchmarks/losses.py --device cuda --batches 16 --sizes 256 --rounds 10 --csv "$folder/losses-gpu.csv" \
+    "$python" -m benchmarks.losses --device cuda --batches 16 --sizes 256 --rounds 10 --csv "$folder/losses-gpu.csv" \
         --only MGHFnLoss MGHFLoss "MGHFnLoss low memory" "MGHFLoss low memory" "MGHFLoss dense" content "content + style" \
         "content + patch_nce" "lpips alex" "lpips vgg" "SR step"
 }
@@ -66,6 +66,6 @@ part tests 190 bash -c cuda_tests
 part checks 60 bash -c "set -o pipefail; checks"
 part crossover 40 bash -c "set -o pipefail; crossover"
 part losses 70 bash -c losses
-part ops 130 "$python" benchmarks/ops.py --device cuda --sample 0.01 --budget 0.1 --limit 100 --out "$folder"
+part ops 130 "$python" -m benchmarks.ops --device cuda --sample 0.01 --budget 0.1 --limit 100 --out "$folder"
 cat "$folder/status.txt"
 ! grep -qv "exit 0" "$folder/status.txt"

@@ -1,7 +1,7 @@
 """Cost of our losses and their peers over resolution and batch: time, peak and saved memory, share of an SR step.
 
-    python benchmarks/losses.py                            # 64, 128 and 256 pixels, batches of 1 and 4
-    python benchmarks/losses.py --sizes 128 --batches 1    # one setting; the table keeps the others
+    python -m benchmarks.losses                            # 64, 128 and 256 pixels, batches of 1 and 4
+    python -m benchmarks.losses --sizes 128 --batches 1    # one setting; the table keeps the others
 
 Every loss gets the same SR and GT images in one process, and a gradient for SR. A measurement is forward and
 backward together.
@@ -29,27 +29,35 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
-import platform
 import random
-import re
-import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
+from benchmarks.machine import device_name, file_label, peak_bytes, percentiles, synchronize
+from benchmarks.peers import (
+    PEERS,
+    Peer,
+    dists,
+    kornia_ssim,
+    lpips,
+    on_unit_range,
+    one_minus,
+    piq,
+    ssim,
+    torchmetrics_lpips,
+    with_gradient,
+)
 from mghf_loss import DinoJSDLoss, MGHFLoss, MGHFnLoss
 from mghf_loss._files import format_table, write_atomically, write_table
 from mghf_loss.criterion import Memory
@@ -62,24 +70,6 @@ OURS = "mghf-loss"
 STEP = "SR step"
 MIB = 2**20
 MARKERS = "sD^v<>PX*hd"  # of the peers
-
-
-def mean_value(loss: nn.Module, sr: Tensor, gt: Tensor) -> Tensor:
-    return loss(sr, gt).mean()
-
-
-def one_minus(loss: nn.Module, sr: Tensor, gt: Tensor) -> Tensor:
-    return 1 - loss(sr, gt)
-
-
-def on_unit_range(loss: nn.Module, sr: Tensor, gt: Tensor) -> Tensor:
-    """Of an LPIPS, which expects [-1, 1] and converts from [0, 1] when told so."""
-    return loss(sr, gt, normalize=True).mean()
-
-
-def with_gradient(loss: nn.Module, sr: Tensor, gt: Tensor) -> Tensor:
-    """Of DISTS, whose default call passes no gradient through the network."""
-    return loss(sr, gt, require_grad=True, batch_average=True)
 
 
 def content_and(inn: str, *terms: str) -> nn.Module:
@@ -96,55 +86,6 @@ def dino(memory: Memory = "normal") -> nn.Module:
     return DinoJSDLoss(network, memory=memory)
 
 
-def lpips(net: str) -> nn.Module:
-    from lpips import LPIPS
-
-    return LPIPS(net=net, pnet_rand=True, verbose=False)
-
-
-def dists() -> nn.Module:
-    import torchvision
-    from DISTS_pytorch import DISTS
-
-    # The constructor always asks torchvision for pretrained weights; it gets the same network without them.
-    vgg = torchvision.models.vgg16(weights=None)
-    with mock.patch("torchvision.models.vgg16", return_value=vgg):
-        return DISTS(load_weights=False)
-
-
-def piq(name: str) -> nn.Module:
-    import piq
-    import torchvision
-
-    vgg = torchvision.models.vgg16(weights=None).features
-    return getattr(piq, name)(feature_extractor=vgg, layers=("15",), weights=[1.0])
-
-
-def torchmetrics_lpips() -> nn.Module:
-    # The public class has no way around the download of the trunk.
-    from torchmetrics.functional.image.lpips import _LPIPS
-
-    return _LPIPS(net="vgg", pnet_rand=True)
-
-
-def ssim(name: str) -> nn.Module:
-    import pytorch_msssim
-
-    return getattr(pytorch_msssim, name)(data_range=1.0, channel=3)
-
-
-def kornia_ssim() -> nn.Module:
-    from kornia.losses import SSIMLoss
-
-    return SSIMLoss(11)
-
-
-def focal_frequency() -> nn.Module:
-    from focal_frequency_loss import FocalFrequencyLoss
-
-    return FocalFrequencyLoss()
-
-
 class StepOfEDSR(nn.Module):
     """One training step of an x4 model, as a loss of (anything, gt) with gradients to the model's parameters."""
 
@@ -157,41 +98,32 @@ class StepOfEDSR(nn.Module):
         return F.l1_loss(self.model(downscale(gt)), gt) + 0 * sr.sum()
 
 
-@dataclass(frozen=True)
-class Entry:
-    """A loss to measure: the distribution that it comes from, how it is built and how it is called."""
-
-    package: str
-    build: Callable[[], nn.Module]
-    call: Callable[[nn.Module, Tensor, Tensor], Tensor] = mean_value
-
-
-def entries(inn: str) -> dict[str, Entry]:
+def entries(inn: str) -> dict[str, Peer]:
     return {
-        "MGHFnLoss": Entry(OURS, partial(MGHFnLoss, inn=inn)),
-        "MGHFLoss": Entry(OURS, partial(MGHFLoss, inn=inn)),
-        "MGHFnLoss low memory": Entry(OURS, partial(MGHFnLoss, inn=inn, memory="low")),
-        "MGHFLoss low memory": Entry(OURS, partial(MGHFLoss, inn=inn, memory="low")),
-        "MGHFLoss cached GT": Entry(OURS, partial(MGHFLoss, inn=inn, cache_gt=True)),  # one GT tensor in all rounds
-        "MGHFLoss dense": Entry(OURS, partial(MGHFLoss, inn=inn, patches=None)),
-        "content": Entry(OURS, partial(content_and, inn)),
-        "content + style": Entry(OURS, partial(content_and, inn, "style")),
-        "content + correlation": Entry(OURS, partial(content_and, inn, "correlation")),
-        "content + patch_nce": Entry(OURS, partial(content_and, inn, "patch_nce")),
-        "DinoJSDLoss": Entry(OURS, dino),
-        "DinoJSDLoss low memory": Entry(OURS, partial(dino, memory="low")),
-        "lpips alex": Entry("lpips", partial(lpips, "alex"), on_unit_range),
-        "lpips vgg": Entry("lpips", partial(lpips, "vgg"), on_unit_range),
-        "lpips squeeze": Entry("lpips", partial(lpips, "squeeze"), on_unit_range),
-        "torchmetrics lpips vgg": Entry("torchmetrics", torchmetrics_lpips, on_unit_range),
-        "DISTS": Entry("DISTS-pytorch", dists, with_gradient),
-        "piq content vgg16": Entry("piq", partial(piq, "ContentLoss")),
-        "piq style vgg16": Entry("piq", partial(piq, "StyleLoss")),
-        "pytorch-msssim SSIM": Entry("pytorch-msssim", partial(ssim, "SSIM"), one_minus),
-        "pytorch-msssim MS-SSIM": Entry("pytorch-msssim", partial(ssim, "MS_SSIM"), one_minus),
-        "kornia SSIM": Entry("kornia", kornia_ssim),
-        "focal frequency": Entry("focal-frequency-loss", focal_frequency),
-        STEP: Entry(OURS, StepOfEDSR),
+        "MGHFnLoss": Peer(OURS, partial(MGHFnLoss, inn=inn)),
+        "MGHFLoss": Peer(OURS, partial(MGHFLoss, inn=inn)),
+        "MGHFnLoss low memory": Peer(OURS, partial(MGHFnLoss, inn=inn, memory="low")),
+        "MGHFLoss low memory": Peer(OURS, partial(MGHFLoss, inn=inn, memory="low")),
+        "MGHFLoss cached GT": Peer(OURS, partial(MGHFLoss, inn=inn, cache_gt=True)),  # one GT tensor in all rounds
+        "MGHFLoss dense": Peer(OURS, partial(MGHFLoss, inn=inn, patches=None)),
+        "content": Peer(OURS, partial(content_and, inn)),
+        "content + style": Peer(OURS, partial(content_and, inn, "style")),
+        "content + correlation": Peer(OURS, partial(content_and, inn, "correlation")),
+        "content + patch_nce": Peer(OURS, partial(content_and, inn, "patch_nce")),
+        "DinoJSDLoss": Peer(OURS, dino),
+        "DinoJSDLoss low memory": Peer(OURS, partial(dino, memory="low")),
+        "lpips alex": Peer("lpips", partial(lpips, "alex", False), on_unit_range),
+        "lpips vgg": Peer("lpips", partial(lpips, "vgg", False), on_unit_range),
+        "lpips squeeze": Peer("lpips", partial(lpips, "squeeze", False), on_unit_range),
+        "torchmetrics lpips vgg": Peer("torchmetrics", torchmetrics_lpips, on_unit_range),
+        "DISTS": Peer("DISTS-pytorch", partial(dists, False), with_gradient),
+        "piq content vgg16": Peer("piq", partial(piq, "ContentLoss")),
+        "piq style vgg16": Peer("piq", partial(piq, "StyleLoss")),
+        "pytorch-msssim SSIM": PEERS["ssim"],
+        "pytorch-msssim MS-SSIM": Peer("pytorch-msssim", partial(ssim, "MS_SSIM"), one_minus),
+        "kornia SSIM": Peer("kornia", kornia_ssim),
+        "focal frequency": PEERS["focal-frequency"],
+        STEP: Peer(OURS, StepOfEDSR),
     }
 
 
@@ -200,7 +132,7 @@ class Candidate:
     """A loss that is built, with the images to measure it on."""
 
     name: str
-    entry: Entry
+    entry: Peer
     loss: nn.Module
     sr: Tensor
     gt: Tensor
@@ -246,35 +178,12 @@ class Candidate:
         return peak_bytes(self.forward_backward, self.sr.device)
 
 
-def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
-    """Most bytes allocated on `device` during `run`, above those before."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        run()
-        return torch.cuda.max_memory_allocated(device) - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder, "trace.json")
-        profiler.export_chrome_trace(str(trace))
-        events = json.loads(trace.read_text())["traceEvents"]
-    memory = sorted((event for event in events if event["name"] == "[memory]"), key=lambda event: event["ts"])
-    before = memory[0]["args"]["Total Allocated"] - memory[0]["args"]["Bytes"]
-    return max(event["args"]["Total Allocated"] for event in memory) - before
-
-
 def storages(tensors: Iterable[Tensor]) -> dict[int, int]:
     """Bytes of each distinct storage, by address."""
     return {storage.data_ptr(): storage.nbytes() for storage in (tensor.untyped_storage() for tensor in tensors)}
 
 
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def build_all(chosen: dict[str, Entry], device: torch.device) -> dict[str, nn.Module]:
+def build_all(chosen: dict[str, Peer], device: torch.device) -> dict[str, nn.Module]:
     """Build every loss; print why a peer is left out where it cannot be had."""
     losses = {}
     for name, entry in tqdm(chosen.items(), desc="build", unit="loss"):
@@ -290,7 +199,7 @@ def build_all(chosen: dict[str, Entry], device: torch.device) -> dict[str, nn.Mo
     return losses
 
 
-def candidates_of(chosen: dict[str, Entry], losses: dict[str, nn.Module], sr: Tensor, gt: Tensor) -> list[Candidate]:
+def candidates_of(chosen: dict[str, Peer], losses: dict[str, nn.Module], sr: Tensor, gt: Tensor) -> list[Candidate]:
     """The losses that can be measured on `sr` and `gt`: each is run once; print why one is left out."""
     candidates = []
     for name, loss in losses.items():
@@ -316,16 +225,7 @@ def measure_times(candidates: list[Candidate], rounds: int, warmup: int) -> dict
             elapsed = candidate.milliseconds()
             if index >= warmup:
                 times[candidate.name].append(elapsed)
-    levels = torch.tensor([0.2, 0.5, 0.8], dtype=torch.double)
-    return {name: torch.tensor(each, dtype=torch.double).quantile(levels).tolist() for name, each in times.items()}
-
-
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    information = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*:\s*(.+)", information.read_text()) if information.exists() else None
-    return found[1].strip() if found else platform.processor() or platform.machine()
+    return {name: percentiles(each) for name, each in times.items()}
 
 
 def measure_setting(candidates: list[Candidate], arguments: argparse.Namespace) -> list[dict[str, Any]]:
@@ -494,8 +394,7 @@ def main() -> None:
     if device.type not in {"cpu", "cuda"}:
         raise SystemExit(f"--device must be cpu or cuda, with or without an index, got {arguments.device!r}")
     name = device_name(device)
-    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") if device.type == "cuda" else device.type
-    path = arguments.csv or Path(__file__).parent / "results" / f"losses-{slug}.csv"
+    path = arguments.csv or Path(__file__).parent / "results" / f"losses-{file_label(device)}.csv"
 
     chosen = {key: entry for key, entry in entries(arguments.inn).items() if key in arguments.only}
     losses = build_all(chosen, device)

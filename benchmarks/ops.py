@@ -1,10 +1,9 @@
 """Cost of the operators: time, peak memory and achieved rates, against plain torch and the published formulation.
 
-    python benchmarks/ops.py                # all shapes that the device has time for
-    python benchmarks/ops.py --quick        # a few small ones
-    python benchmarks/ops.py --checks       # CUDA: predictions beside measurements
-    python benchmarks/ops.py --crossover    # where storing Sinkhorn's kernel matrix stops to pay
-    python benchmarks/ops.py --memory       # dense PatchNCE at 16 384 places of 189 channels
+    python -m benchmarks.ops                # all shapes that the device has time for
+    python -m benchmarks.ops --quick        # a few small ones
+    python -m benchmarks.ops --crossover    # where storing Sinkhorn's kernel matrix stops to pay
+    python -m benchmarks.ops --memory       # dense PatchNCE at 16 384 places of 189 channels
 
 A measurement is forward and backward together, for the gradient of SR. Implementations:
 
@@ -25,29 +24,25 @@ from __future__ import annotations
 import argparse
 import csv
 import importlib
-import json
-import re
 import subprocess
 import time
 from collections.abc import Callable
-from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from losses import device_name, peak_bytes, synchronize
 from torch import Tensor
 from tqdm import tqdm
 
+from benchmarks.machine import device_name, file_label, peak_bytes, percentiles, provenance, samples
 from mghf_loss import terms
-from mghf_loss._files import write_atomically, write_table
-from mghf_loss.ops import active_path, patch_nce, second_order_statistics
+from mghf_loss._files import write_table
+from mghf_loss.ops import active_path, nce, patch_nce, second_order_statistics
 
 MIB = 2**20
 Call = Callable[[Tensor, Tensor], Tensor]
-formula = importlib.import_module("mghf_loss.ops.patch_nce")  # the function of this name hides the module
 
 # What matters most is measured first, so that a run that is cut short has it: operator, batch, channels, places.
 FIRST = [
@@ -88,7 +83,7 @@ class Formula(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, sr: Tensor, gt: Tensor, modulation: str, tolerance: float) -> Tensor:
-        loss, jacobian = formula.patch_nce_formula(sr, gt, 0.07, modulation, 1.0, 1.0, 50, tolerance, True, "fast")
+        loss, jacobian = nce.patch_nce_formula(sr, gt, 0.07, modulation, 1.0, 1.0, 50, tolerance, True, "fast")
         ctx.save_for_backward(jacobian)
         return loss
 
@@ -214,33 +209,6 @@ def make_inputs(case: dict[str, Any], device: torch.device) -> tuple[Tensor, Ten
     return sr.to(dtype).requires_grad_(), gt.to(dtype)
 
 
-def samples(run: Callable[[], object], device: torch.device, sample: float, budget: float) -> list[float]:
-    """Milliseconds of a call, of several samples of `sample` seconds within `budget` seconds."""
-
-    def seconds(calls: int) -> float:
-        synchronize(device)
-        start = time.perf_counter()
-        for _ in range(calls):
-            run()
-        synchronize(device)
-        return time.perf_counter() - start
-
-    run()
-    calls = max(1, round(sample / max(seconds(1), 1e-7)))
-    found: list[float] = []
-    start = time.perf_counter()
-    while len(found) < 5 or (len(found) < 50 and time.perf_counter() - start < budget):
-        found.append(seconds(calls) / calls * 1e3)
-        if time.perf_counter() - start > 4 * budget:
-            break
-    return found
-
-
-def percentiles(values: list[float]) -> list[float]:
-    levels = torch.tensor([0.2, 0.5, 0.8], dtype=torch.double)
-    return torch.tensor(values, dtype=torch.double).quantile(levels).tolist()
-
-
 def ceilings(device: torch.device) -> dict[str, float]:
     """Measured GB/s of a copy, read and written, and TFLOP/s of the matrix products that the kernels use."""
     on_gpu = device.type == "cuda"
@@ -334,7 +302,7 @@ def measure(arguments: argparse.Namespace, device: torch.device, path: Path) -> 
 
 
 def describe(device: torch.device) -> dict[str, str]:
-    """Device, driver, versions, date."""
+    """Provenance, with the driver and Triton."""
     try:
         triton = importlib.import_module("triton").__version__
     except ModuleNotFoundError:
@@ -346,63 +314,13 @@ def describe(device: torch.device) -> dict[str, str]:
             driver = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
         except (OSError, subprocess.CalledProcessError):
             driver = "unknown"
-    return {
-        "device": device_name(device),
-        "driver": driver,
-        "threads": "" if device.type == "cuda" else str(torch.get_num_threads()),
-        "torch": torch.__version__,
-        "triton": triton,
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
-
-
-def plot(table: Path, path: Path) -> None:
-    """Time of every implementation and case, from the table."""
-    from matplotlib import pyplot as plt
-
-    with table.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    operators = list(dict.fromkeys(row["operator"] for row in rows))
-    labels = {
-        operator: list(dict.fromkeys(case_label(row) for row in rows if row["operator"] == operator))
-        for operator in operators
-    }
-    height = 1.5 + 0.22 * max(map(len, labels.values()))
-    figure, axes = plt.subplots(
-        1, len(operators), figsize=(7.5 * len(operators), height), layout="constrained", squeeze=False
-    )
-    for axis, operator in zip(axes[0], operators, strict=True):
-        for name, marker in (("mghf-loss", "o"), ("eager", "s"), ("compiled", "^"), ("published", "x")):
-            chosen = [row for row in rows if row["operator"] == operator and row["implementation"] == name]
-            if chosen:
-                axis.plot(
-                    [float(row["median_ms"]) for row in chosen],
-                    [labels[operator].index(case_label(row)) for row in chosen],
-                    marker,
-                    label=name,
-                )
-        axis.set_yticks(range(len(labels[operator])), labels[operator])
-        axis.invert_yaxis()
-        axis.set_xscale("log")
-        axis.set_xlabel("forward + backward, ms")
-        axis.set_title(operator)
-        axis.grid(axis="x", alpha=0.3)
-        axis.legend()
-    figure.suptitle(f"{rows[0]['device']}, torch {rows[0]['torch']}")
-    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=100))
-    plt.close(figure)
-
-
-def case_label(row: dict[str, str]) -> str:
-    text = f"{row['batch']} x {row['channels']} x {row['places']}, {row['dtype']}"
-    return f"{text}, {row['modulation']}" if row["modulation"] else text
+    return {**provenance(device), "driver": driver, "triton": triton}
 
 
 def crossover(device: torch.device) -> None:
     """Time of PatchNCE with a stored kernel matrix and with a recomputed one, 50 iterations."""
     on_gpu = device.type == "cuda"
-    name = "patch_nce_triton" if on_gpu else "patch_nce"
-    module: Any = importlib.import_module(f"mghf_loss.ops.{name}")
+    module: Any = importlib.import_module("mghf_loss.ops.nce_triton") if on_gpu else nce
     constant = "STORED_PLACES" if on_gpu else "BLOCK"
     before = getattr(module, constant)
     print(f"{'batch':>6}{'channels':>9}{'places':>7}{'stored, ms':>12}{'recomputed, ms':>16}")
@@ -471,40 +389,25 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=0.5, help="seconds of a measurement (default %(default)s)")
     parser.add_argument("--limit", type=float, default=1e9, help="start no case after this many seconds")
     parser.add_argument("--resume", action="store_true", help="keep the rows that the table has")
-    parser.add_argument("--checks", action="store_true", help="predictions beside measurements (CUDA)")
     parser.add_argument("--crossover", action="store_true", help="stored against recomputed kernel matrix")
     parser.add_argument("--memory", action="store_true", help="peak memory of dense PatchNCE at 16 384 places")
     parser.add_argument("--published", action="store_true", help="with --memory: run the published one too (9 GB)")
-    parser.add_argument(
-        "--out", type=Path, default=Path(__file__).parent / "results", help="folder of table and figure"
-    )
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the table")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     device = torch.device(arguments.device)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    name = device_name(device)
-    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") if device.type == "cuda" else device.type
-    print(f"{name}: {active_path()}")
-    if arguments.checks:
-        if device.type != "cuda":
-            raise SystemExit("--checks needs a CUDA device")
-        import ops_checks  # imports Triton
-
-        found = ops_checks.run(device)
-        write_atomically(
-            arguments.out / f"ops-checks-{slug}.json",
-            lambda path: path.write_text(json.dumps(describe(device) | {"checks": found}, indent=1) + "\n"),
-        )
-    elif arguments.crossover:
+    slug = file_label(device)
+    print(f"{device_name(device)}: {active_path()}")
+    if arguments.crossover:
         crossover(device)
     elif arguments.memory:
         memory(device, arguments.out / f"ops-memory-{slug}.csv", arguments.published)
     else:
         path = arguments.out / f"ops-{slug}.csv"
         measure(arguments, device, path)
-        plot(path, path.with_suffix(".png"))
-        print(f"wrote {path} and {path.with_suffix('.png')}")
+        print(f"wrote {path}")
 
 
 if __name__ == "__main__":

@@ -1,26 +1,30 @@
-"""What only a GPU can tell about the kernels: each prediction beside its measurement. Run by `ops.py --checks`."""
+"""What only a GPU can tell about the kernels: each prediction beside its measurement.
+
+python -m benchmarks.ops_checks --out DIR
+"""
 
 # Compile-time parameters take plain Python values.
 # pyright: reportArgumentType=false
 
 from __future__ import annotations
 
-import importlib
+import argparse
+import json
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from losses import peak_bytes
-from ops import MIB, fused_patch_nce, make_inputs, percentiles, samples
 from torch import Tensor
 
-from mghf_loss.ops import nce_triton, statistics, statistics_triton
+from benchmarks.machine import file_label, peak_bytes, percentiles, samples
+from benchmarks.ops import MIB, describe, fused_patch_nce, make_inputs
+from mghf_loss._files import write_atomically
+from mghf_loss.ops import nce, nce_triton, statistics, statistics_triton
 from mghf_loss.ops.statistics_triton import _round_tf32
-
-formula = importlib.import_module("mghf_loss.ops.patch_nce")
 
 
 @triton.jit
@@ -127,7 +131,7 @@ def patch_nce_stages(device: torch.device) -> str:
 def zero_trips(device: torch.device) -> str:
     sr, gt = torch.randn(2, 2, 45, 100, device=device).unbind(0)
     arguments = (0.07, "hard", 1.0, 1.0, 20, 0.0, True, "fast")
-    exact = formula.patch_nce_formula(sr.double(), gt.double(), *arguments)
+    exact = nce.patch_nce_formula(sr.double(), gt.double(), *arguments)
     before, nce_triton.STORED_PLACES = nce_triton.STORED_PLACES, 0
     try:
         found = nce_triton.patch_nce_triton(sr, gt, *arguments)
@@ -179,3 +183,17 @@ def statistics_times(device: torch.device, batch: int, channels: int, side: int)
         f"{forward * 1e3:.0f} / {backward * 1e3:.0f} us, "
         f"{copy / forward:.0%} / {1.5 * copy / backward:.0%} of a copy's bandwidth"
     )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the result")
+    out = parser.parse_args().out
+    device = torch.device("cuda")
+    out.mkdir(parents=True, exist_ok=True)
+    content = json.dumps(describe(device) | {"checks": run(device)}, indent=1) + "\n"
+    write_atomically(out / f"ops-checks-{file_label(device)}.json", lambda path: path.write_text(content))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,19 +1,17 @@
-"""The tasks of quality.py: what a model gets to see of a photograph.
+"""What a model sees of a photograph.
 
     degrade(gt, "sr-bsrgan", generator) -> input, (B, 3, H / 4, W / 4) for "sr-*", else (B, 3, H, W)
 
 | task | input |
 |---|---|
 | sr-bicubic | bicubic, antialiased, to a quarter |
-| sr-noise | sr-bicubic, Gaussian noise of 10/255 |
-| sr-jpeg | sr-bicubic, JPEG of quality 30 to 95 |
-| sr-bsrgan | blur, reduction by a random filter, noise, JPEG: the chain of BSRGAN, in one fixed order |
-| denoise | Gaussian noise of 25/255 |
-| deblur | motion blur of 9 to 15 pixels, or a Gaussian one of 1 to 3, and noise of 2/255 |
-| dejpeg | JPEG of quality 10 to 40 |
+| sr-bsrgan | blur, reduction by a random filter, noise, JPEG: the chain of BSRGAN in one fixed order |
+| denoise-15, -25, -50 | Gaussian noise of that many 1/255 |
+| deblur | motion blur of 9 to 15 pixels or Gaussian blur of 1 to 3, and noise of 2/255 |
+| jpeg | JPEG of quality 10 to 40 |
 | inpaint | a quarter of the blocks of 8 x 8 black |
 
-All is rounded to 8 bits, as a file would be. Draws come from the generator alone.
+Every input is rounded to 8 bits, as a file would be. Draws come from the generator alone.
 
 Reference: Zhang et al., "Designing a practical degradation model for deep blind image super-resolution", ICCV 2021
 (BSRGAN), which shuffles the order, blurs twice and adds camera noise; those are left out.
@@ -30,9 +28,9 @@ from PIL import Image
 from torch import Tensor
 
 from mghf_loss._files import read_pixels
-from mghf_loss.toy import SCALE, downscale, upscale
+from mghf_loss.toy import SCALE, downscale
 
-TASKS = ("sr-bicubic", "sr-noise", "sr-jpeg", "sr-bsrgan", "denoise", "deblur", "dejpeg", "inpaint")
+TASKS = ("sr-bicubic", "sr-bsrgan", "denoise-15", "denoise-25", "denoise-50", "deblur", "jpeg", "inpaint")
 KERNEL = 15
 HOLE = 8
 
@@ -42,39 +40,31 @@ def is_sr(task: str) -> bool:
     return task.startswith("sr-")
 
 
-def starting_point(degraded: Tensor, task: str) -> Tensor:
-    """What an untrained model answers: the bicubic enlargement, or the input itself."""
-    return upscale(degraded) if is_sr(task) else degraded
-
-
 def degrade(gt: Tensor, task: str, generator: torch.Generator) -> Tensor:
     """Return the input of `task` for photographs `gt`, (B, 3, H, W) in [0, 1], H, W multiples of 4."""
-    if task not in TASKS:
-        raise ValueError(f"unknown task {task!r}; known are {', '.join(TASKS)}")
-    if task == "sr-bsrgan":
-        degraded = blur(gt, gaussian_kernels(len(gt), 0.2, 3.0, generator))
-        degraded = _reduce(degraded, generator)
-        degraded = add_noise(degraded, uniform(len(gt), 1, 25, generator), generator)
-        degraded = jpeg(degraded, uniform(len(gt), 30, 95, generator))
-    elif task == "sr-noise":
-        degraded = add_noise(downscale(gt), torch.full((len(gt),), 10.0), generator)
-    elif task == "sr-jpeg":
-        degraded = jpeg(downscale(gt), uniform(len(gt), 30, 95, generator))
-    elif task == "sr-bicubic":
+    count = len(gt)
+    if task == "sr-bicubic":
         degraded = downscale(gt)
-    elif task == "denoise":
-        degraded = add_noise(gt, torch.full((len(gt),), 25.0), generator)
+    elif task == "sr-bsrgan":
+        degraded = blur(gt, gaussian_kernels(count, 0.2, 3.0, generator))
+        degraded = _reduce(degraded, generator)
+        degraded = add_noise(degraded, uniform(count, 1, 25, generator), generator)
+        degraded = jpeg(degraded, uniform(count, 30, 95, generator))
+    elif task.startswith("denoise-"):
+        degraded = add_noise(gt, torch.full((count,), float(task.removeprefix("denoise-"))), generator)
     elif task == "deblur":
-        gaussian = gaussian_kernels(len(gt), 1.0, 3.0, generator)
-        motion = motion_kernels(len(gt), generator)
-        chosen = uniform(len(gt), 0, 1, generator)[:, None, None] < 0.5
-        degraded = add_noise(blur(gt, torch.where(chosen, gaussian, motion)), torch.full((len(gt),), 2.0), generator)
-    elif task == "dejpeg":
-        degraded = jpeg(gt, uniform(len(gt), 10, 40, generator))
-    else:
+        gaussian = gaussian_kernels(count, 1.0, 3.0, generator)
+        motion = motion_kernels(count, generator)
+        chosen = uniform(count, 0, 1, generator)[:, None, None] < 0.5
+        degraded = add_noise(blur(gt, torch.where(chosen, gaussian, motion)), torch.full((count,), 2.0), generator)
+    elif task == "jpeg":
+        degraded = jpeg(gt, uniform(count, 10, 40, generator))
+    elif task == "inpaint":
         blocks = [-(-side // HOLE) for side in gt.shape[-2:]]
-        kept = (torch.rand(len(gt), 1, *blocks, generator=generator) >= 0.25).to(gt)
+        kept = (torch.rand(count, 1, *blocks, generator=generator) >= 0.25).to(gt)
         degraded = gt * F.interpolate(kept, scale_factor=HOLE)[..., : gt.shape[-2], : gt.shape[-1]]
+    else:
+        raise ValueError(f"unknown task {task!r}, known are {', '.join(TASKS)}")
     return (degraded.clamp(0, 1) * 255).round() / 255
 
 

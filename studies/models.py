@@ -1,7 +1,7 @@
-"""The models that quality.py trains: a small CNN, a small transformer, a one-step diffusion student, a critic.
+"""The models that are trained: a small CNN, a small transformer, a published one, a one-step student, a critic.
 
-Each maps a task's input to an image, (B, 3, H, W), and starts at what needs no training: the bicubic enlargement, or
-the input itself.
+Each maps a task's input to an image, (B, 3, H, W). All but the published one start at what needs no training: the
+bicubic enlargement, or the input itself.
 """
 
 from __future__ import annotations
@@ -11,25 +11,34 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from tasks import is_sr
+from kornia.filters import gaussian_blur2d
 from torch import Tensor, nn
 
+from mghf_loss import HighFrequencyINN
 from mghf_loss.toy import SCALE, SmallSR, upscale
 
-MODELS = ("edsr", "swinir", "one-step")
+from .tasks import is_sr
+
+MODELS = ("small-sr", "small-swinir", "safmn", "one-step")
+SR_ONLY = ("safmn", "one-step")
 
 
 def build(name: str, task: str) -> nn.Module:
     """Return a new model of `name` for `task`."""
-    if name == "edsr":
+    if name in SR_ONLY and not is_sr(task):
+        raise ValueError(f"model {name!r} is for SR tasks, got {task!r}")
+    if name == "small-sr":
         return SmallSR() if is_sr(task) else Restorer()
-    if name == "swinir":
+    if name == "small-swinir":
         return SwinIRResidual(task)
+    if name == "safmn":
+        from spandrel.architectures.SAFMN import SAFMN
+
+        # As published for x4. Reference: Sun et al., ICCV 2023.
+        return SAFMN(dim=36, n_blocks=8, ffn_scale=2.0, upscaling_factor=SCALE)
     if name == "one-step":
-        if not is_sr(task):
-            raise ValueError(f"the one-step model is for SR tasks, got {task!r}")
         return OneStep()
-    raise ValueError(f"unknown model {name!r}; known are {', '.join(MODELS)}")
+    raise ValueError(f"unknown model {name!r}, known are {', '.join(MODELS)}")
 
 
 class Restorer(SmallSR):
@@ -109,3 +118,46 @@ def critic() -> nn.Module:
     for wide_in, wide_out in itertools.pairwise(widths):
         layers += [nn.utils.parametrizations.spectral_norm(nn.Conv2d(wide_in, wide_out, 4, 2, 1)), nn.LeakyReLU(0.2)]
     return nn.Sequential(*layers, nn.utils.parametrizations.spectral_norm(nn.Conv2d(widths[-1], 1, 3, padding=1)))
+
+
+class UnsharpMask(nn.Module):
+    """sr + amount * (sr - blurred sr): what sharpening without any training gives."""
+
+    def __init__(self, model: nn.Module, amount: float, sigma: float = 1.0) -> None:
+        super().__init__()
+        self.model, self.amount, self.sigma = model, amount, sigma
+
+    def forward(self, degraded: Tensor) -> Tensor:
+        """Restore and sharpen."""
+        sr = self.model(degraded)
+        side = 2 * round(3 * self.sigma) + 1
+        return sr + self.amount * (sr - gaussian_blur2d(sr, (side, side), (self.sigma, self.sigma)))
+
+
+class LatentGain(nn.Module):
+    """Features of sr times (sigma_gt / sigma_sr)^amount for every channel, and back to an image.
+
+    What the invertible network knows of the statistics of photographs, without any training.
+    """
+
+    def __init__(self, model: nn.Module, amount: float) -> None:
+        super().__init__()
+        self.model, self.amount = model, amount
+        self.inn = HighFrequencyINN.from_pretrained("bundled").requires_grad_(False)
+        self.gains: list[Tensor] = []
+
+    @torch.no_grad()
+    def fit(self, sr: Tensor, gt: Tensor) -> None:
+        """Measure the gains on pairs (B, 3, H, W)."""
+        pairs = zip(*(self.inn.features(2 * image - 1) for image in (sr, gt)), strict=True)
+        self.gains = [(g.std((0, 2, 3)) / s.std((0, 2, 3)))[:, None, None] for s, g in pairs]
+
+    def forward(self, degraded: Tensor) -> Tensor:
+        """Restore and amplify."""
+        latent = self.inn(2 * self.model(degraded) - 1, log_det_jac=False)
+        amplified = [feature * gain**self.amount for feature, gain in zip(latent.features, self.gains, strict=True)]
+        return self.inn.inverse(latent._replace(features=amplified)) / 2 + 0.5
+
+
+# Of the images of an L1 model, in place of training: `losses.TRAINING_FREE`.
+CHANGES: dict[str, Any] = {"unsharp-mask": UnsharpMask, "latent-gain": LatentGain}

@@ -1,0 +1,143 @@
+"""Train candidates for the invertible network, and write the study that chooses among them by what their loss does.
+
+    python -m studies.networks --train DIR --tune DIR --out DIR
+    python -m studies.run --config DIR/networks.toml --train DIR --tune DIR --judge DIR --out DIR/study
+
+The candidates differ from `BASE` in one factor each; the bundled network competes as it is. All are trained on the same
+crops for the same steps. A candidate's features have their own scale: so each term of its loss gets the coefficient
+with which its gradient is as large as the bundled network's, at bicubic x4. A finished network is not trained again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import statistics
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from mghf_loss import HighFrequencyINN, INNConfig
+from mghf_loss._files import format_table, write_atomically
+from mghf_loss.mghf import COEFFICIENTS
+from mghf_loss.toy import downscale, upscale
+from mghf_loss.training.loop import TrainConfig, train_inn
+from mghf_loss.training.objective import add_noise, code_length
+
+from . import losses, photographs
+from .store import slug
+
+BASE = INNConfig(noise_floor=12.0)
+CANDIDATES = {
+    "base": BASE,
+    "packet": replace(BASE, variant="packet"),
+    "couplings 1": replace(BASE, couplings=1),
+    "couplings 4": replace(BASE, couplings=4),
+    "noise 4": replace(BASE, noise_floor=4.0),
+    "noise 8": replace(BASE, noise_floor=8.0),
+    "noise 16": replace(BASE, noise_floor=16.0),
+    "clamp 1": replace(BASE, clamp=1.0),
+}
+PRESET = "paper"
+CROPS, CROP = 32, 96
+
+
+def train(name: str, images: Path, out: Path, steps: int, device: str) -> Path:
+    """The folder of a candidate's network, trained where it is not there."""
+    folder = out / "inn" / slug(name)
+    training = TrainConfig(images=images, out=folder, steps=steps, batch=16, crop=64, save_every=steps)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "log.txt").open("a", encoding="utf-8") as log, contextlib.redirect_stderr(log):
+        train_inn(training, CANDIDATES[name], cpu=device == "cpu")
+    return folder
+
+
+@torch.no_grad()
+def held_out_code_length(network: HighFrequencyINN, images: list[Tensor]) -> float:
+    """Bits per detail value of photographs with the noise that the network is made for, mean over photographs."""
+    lengths = []
+    for index, image in enumerate(images):
+        height, width = (side // network.stride * network.stride for side in image.shape[-2:])
+        clean = 2 * photographs.unit_range(image[:, :height, :width]) - 1
+        noisy = add_noise(clean, network.config.noise_floor, torch.Generator().manual_seed(index))
+        lengths.append(code_length(network(noisy), network.config.variant).item())
+    return statistics.mean(lengths)
+
+
+def gradients(network: str, sr: Tensor, gt: Tensor) -> dict[str, float]:
+    """Gradient ratio of each term of MGHFLoss on a network."""
+    active = [term for term, factor in COEFFICIENTS[PRESET].items() if factor]
+    alone = {term: {other: float(other == term) for other in active} for term in active}
+    built = {term: losses.build("MGHFLoss", {"network": network, "coefficients": alone[term]}) for term in active}
+    return {term: losses.gradient_ratio(loss, sr, gt) for term, loss in built.items()}
+
+
+def write_config(path: Path, coefficients: Mapping[str, tuple[str, Mapping[str, float]]], task: str) -> None:
+    """A study of losses {name: (network, coefficients)}; JSON's strings and numbers are TOML's too."""
+    lines = ["[losses]"]
+    for name, (network, factors) in coefficients.items():
+        table = ", ".join(f"{term} = {factor:.4g}" for term, factor in factors.items())
+        options = f"{{ network = {json.dumps(network)}, coefficients = {{ {table} }} }}"
+        lines.append(f'{json.dumps(name)} = {{ type = "MGHFLoss", options = {options} }}')
+    lines += [
+        "",
+        "[[track]]",
+        'name = "networks"',
+        f"task = {json.dumps(task)}",
+        f"losses = {json.dumps([*coefficients])}",
+    ]
+    write_atomically(path, lambda temporary: temporary.write_text("\n".join(lines) + "\n", "utf-8"))
+
+
+def run(arguments: argparse.Namespace) -> None:
+    torch.set_num_threads(arguments.threads)
+    for folder in (arguments.train, arguments.tune):
+        photographs.check(folder, CROP)
+    images = photographs.load(arguments.train)
+    gt = photographs.unit_range(photographs.random_crops(images, CROPS, CROP, torch.Generator().manual_seed(0)))
+    sr = upscale(downscale(gt))
+    wanted = gradients("bundled", sr, gt)
+    rows, found = [], {"bundled": ("bundled", dict(COEFFICIENTS[PRESET]))}
+    for name in tqdm(["bundled", *arguments.only], desc="networks", unit="network"):
+        if name != "bundled":
+            path = str(train(name, arguments.train, arguments.out, arguments.steps, arguments.device).resolve())
+            ratios = gradients(path, sr, gt)
+            found[name] = path, {term: COEFFICIENTS[PRESET][term] * wanted[term] / ratios[term] for term in ratios}
+        network = HighFrequencyINN.from_pretrained(found[name][0])
+        rows.append(
+            {
+                "candidate": name,
+                "parameters": sum(parameter.numel() for parameter in network.parameters()),
+                "bits per detail": held_out_code_length(network, photographs.load(arguments.tune)),
+                **found[name][1],
+            }
+        )
+    write_config(arguments.out / "networks.toml", found, "sr-bicubic")
+    print(format_table(rows))
+    print(f"wrote {arguments.out / 'networks.toml'}, a configuration of studies.run")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--train", type=Path, required=True, help="folder of photographs to train on")
+    parser.add_argument("--tune", type=Path, required=True, help="folder of photographs for the code length")
+    parser.add_argument("--out", type=Path, required=True, help="folder for networks and the configuration")
+    parser.add_argument("--steps", type=int, default=3000, help="of each network (default %(default)s)")
+    parser.add_argument(
+        "--only", nargs="+", choices=CANDIDATES, default=list(CANDIDATES), help="candidates (default all)"
+    )
+    parser.add_argument("--device", default="cpu", help="torch device (default %(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default %(default)s)")
+    try:
+        run(parser.parse_args())
+    except (ValueError, OSError, RuntimeError) as error:
+        raise SystemExit(f"studies.networks: error: {' '.join(str(error).split())}") from error
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""Results on disk: one JSON file a run, named by its identity, written whole or not at all, claimed by a lock."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from benchmarks.machine import provenance
+from mghf_loss._files import write_atomically
+
+
+def slug(name: str) -> str:
+    """`name` as part of a file's name."""
+    return "".join(letter if letter.isalnum() or letter in ".-" else "-" for letter in name)
+
+
+class Store:
+    """The results of one protocol below a folder."""
+
+    def __init__(self, folder: Path, device: str = "cpu") -> None:
+        self.folder = folder
+        self.device = device
+
+    def open(self, protocol: dict[str, Any]) -> None:
+        """Begin, or go on; raise where the folder holds results of another protocol."""
+        path = self.folder / "protocol.json"
+        if path.exists():
+            stored, now = read_json(path), json.loads(json.dumps(protocol))
+            changed = sorted(key for key in {*now, *stored} if stored.get(key) != now.get(key))
+            if changed:
+                raise ValueError(f"{self.folder} holds results of another protocol (other {', '.join(changed)})")
+        else:
+            write_json(path, protocol)
+
+    def path(self, kind: str, name: str, identity: dict[str, Any]) -> Path:
+        """Where a result of this identity is, or will be."""
+        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+        return self.folder / kind / f"{slug(name)}-{digest}.json"
+
+    def write(self, path: Path, content: dict[str, Any]) -> None:
+        """Store a result with device, versions, commit and date."""
+        write_json(path, {**content, **provenance(self.device)})
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(content, indent=1) + "\n", "utf-8"))
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+@contextmanager
+def claim(path: Path) -> Iterator[bool]:
+    """Whether this process may make the result at `path`; another one that does is not waited for.
+
+    A killed process leaves the claim: the system drops its lock.
+    """
+    lock = path.with_suffix(".lock")
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        try:
+            yield not path.exists()
+        finally:
+            lock.unlink(missing_ok=True)
