@@ -12,6 +12,7 @@ import torch
 
 REPOSITORY = Path(__file__).parents[1]
 sys.path.insert(0, str(REPOSITORY))
+pytest.importorskip("kornia", reason="needs the extra bench")
 
 from studies import config, diagnose, metrics, protocol, tables  # noqa: E402
 from studies.store import claim, read_json, write_json  # noqa: E402
