@@ -17,7 +17,7 @@ backward together.
   of 64 channels) on the images that give this GT size: forward, L1 and backward, no optimiser. It is a row too.
 
 A setting is one size and batch. Its rows replace those of the same device, threads, size and batch in the table, which
-is written after each setting; the figure is drawn from the whole table.
+is written after each setting.
 
 Peers go through their public API, with random weights where pretrained ones would be downloaded: they serve for
 cost only. The two that always download, torchmetrics' LPIPS and DISTS, are built around that as the code says.
@@ -59,7 +59,7 @@ from benchmarks.peers import (
     with_gradient,
 )
 from mghf_loss import DinoJSDLoss, MGHFLoss, MGHFnLoss
-from mghf_loss._files import format_table, write_atomically, write_table
+from mghf_loss._files import format_table, write_table
 from mghf_loss.criterion import Memory
 from mghf_loss.dino import DEFAULT_MODEL
 from mghf_loss.frozen import Frozen
@@ -69,7 +69,6 @@ from mghf_loss.toy import SmallSR, downscale
 OURS = "mghf-loss"
 STEP = "SR step"
 MIB = 2**20
-MARKERS = "sD^v<>PX*hd"  # of the peers
 
 
 def content_and(inn: str, *terms: str) -> nn.Module:
@@ -277,8 +276,8 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows if rows and "share_of_sr_step" in rows[0] else []
 
 
-def merge(path: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Put rows of one setting into the table at `path`, in place of those of the same losses; return all."""
+def merge(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Put rows of one setting into the table at `path`, in place of those of the same losses."""
     new = {row["loss"] for row in rows}
     kept = [row for row in read_rows(path) if setting_of(row) != setting_of(rows[0]) or row["loss"] not in new]
     order = list(entries(""))
@@ -294,56 +293,6 @@ def merge(path: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     write_table(path, table)
-    return table
-
-
-def plot(path: Path, table: list[dict[str, Any]]) -> None:
-    """Time, saved memory and share of an SR step against size, a column a batch; ours in colour, peers in grey."""
-    from matplotlib import pyplot as plt
-
-    device, threads = table[0]["device"], table[0]["threads"]
-    table = [row for row in table if (row["device"], row["threads"]) == (device, threads)]
-    batches = sorted({int(row["batch"]) for row in table})
-    panels = {
-        "median_ms": "forward + backward, ms",
-        "saved_mib": "saved for backward, MiB",
-        "share_of_sr_step": "share of an SR training step",
-    }
-    figure, axes = plt.subplots(
-        len(panels), len(batches), figsize=(6.5 * len(batches), 4.2 * len(panels)), layout="constrained", squeeze=False
-    )
-    names = [name for name in entries("") if name != STEP and any(row["loss"] == name for row in table)]
-    sizes = sorted({int(row["size"]) for row in table})
-    for row_axes, (column, label) in zip(axes, panels.items(), strict=True):
-        for axis, batch in zip(row_axes, batches, strict=True):
-            for index, name in enumerate(names):
-                points = [
-                    (int(row["size"]), float(row[column]))
-                    for row in table
-                    if row["loss"] == name and int(row["batch"]) == batch and row[column]
-                ]
-                if not points:
-                    continue
-                ours = entries("")[name].package == OURS
-                style = {"linewidth": 2, "color": f"C{index}"} if ours else {"linewidth": 1, "color": "0.55"}
-                axis.plot(
-                    *zip(*points, strict=True),
-                    marker="o" if ours else MARKERS[index % len(MARKERS)],
-                    **style,
-                    label=name,
-                )
-            axis.set_xscale("log", base=2)
-            axis.set_yscale("log")
-            axis.set_xticks(sizes, [f"{size}²" for size in sizes])
-            axis.set_ylabel(label)
-            axis.set_title(f"batch {batch}")
-            axis.grid(alpha=0.3)
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right center", fontsize=8)
-    figure.suptitle(f"{device}, {threads} thread{'s' if threads != '1' else ''}, float32")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=100))
-    plt.close(figure)
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
@@ -382,7 +331,6 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--inn", default="bundled", help="invertible network, see MGHFLoss (default %(default)s)")
     parser.add_argument("--csv", type=Path, help="table (default benchmarks/results/losses-<device>.csv)")
-    parser.add_argument("--figure", type=Path, help="figure (default beside the table, with the suffix .png)")
     return parser.parse_args()
 
 
@@ -398,7 +346,6 @@ def main() -> None:
 
     chosen = {key: entry for key, entry in entries(arguments.inn).items() if key in arguments.only}
     losses = build_all(chosen, device)
-    table: list[dict[str, Any]] = []
     print("DINO, LPIPS, DISTS and VGG networks have random weights: the figures are of cost, not of quality.")
     for batch in arguments.batches:
         for size in arguments.sizes:
@@ -408,14 +355,12 @@ def main() -> None:
             if not candidates:
                 raise SystemExit("nothing to measure")
             rows = measure_setting(candidates, arguments)
-            table = merge(path, rows)
+            merge(path, rows)
             threads = f"{arguments.threads} thread{'s' if arguments.threads > 1 else ''}"
             shape = " x ".join(map(str, gt.shape))
             print(f"\n{name}, {threads}, {shape}, float32, {arguments.rounds} rounds, forward + backward")
             print_table(rows)
-    figure = arguments.figure or path.with_suffix(".png")
-    plot(figure, table)
-    print(f"wrote {path} and {figure}")
+    print(f"wrote {path}")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from . import losses, models, tasks
+from .photographs import LEAST_SIDE
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -36,6 +37,7 @@ class Protocol:
         most_rounds: of the L1 model.
         clip: largest norm of a model's gradient.
         allowance: PSNR in dB that a chosen factor may cost against L1.
+        judge_side: largest side of a judged photograph, of which the middle is taken.
     """
 
     steps: int = 500
@@ -49,6 +51,7 @@ class Protocol:
     most_rounds: int = 16
     clip: float = 0.2
     allowance: float = 0.3
+    judge_side: int = 2048
 
 
 @dataclass(frozen=True)
@@ -168,6 +171,7 @@ def _check(config: Config) -> None:
     for name in ("batch", "patience", "most_rounds"):
         _number(f"protocol.{name}", getattr(protocol, name), 1, whole=True)
     _number("protocol.crop", protocol.crop, 32, whole=True)
+    _number("protocol.judge_side", protocol.judge_side, LEAST_SIDE, whole=True)
     if protocol.crop % 8:
         raise ValueError(f"protocol.crop must be a multiple of 8, got {protocol.crop}")
     for name in ("learning_rate", "base_learning_rate", "clip", "rise", "allowance"):

@@ -27,7 +27,7 @@ Loss = Callable[[Tensor, Tensor, torch.Generator], Tensor]
 Difference = Callable[[Tensor, Tensor], Tensor]
 DCT_BLOCK = 8
 VARIANCE_BLOCK = 8
-DIRECTIONS, PATCH_SIDES = 64, (3, 7)  # of random projections, of their patches
+DIRECTIONS, PATCH_SIDES = 16, (3, 7)  # of random projections, new in each step, and of their patches
 
 # Judges that a loss of this type minimises, or that look at the features that it minimises.
 OPTIMISED: dict[str, set[str]] = {

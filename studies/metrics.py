@@ -25,8 +25,9 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from benchmarks.peers import PEERS
 from mghf_loss import MGHFnLoss
 
 from . import efficientnet
@@ -157,25 +158,25 @@ def by_piq(name: str) -> Callable[[Judge, list[Tensor]], Values]:
     return per_pair(lambda sr, gt: getattr(_imported("piq"), name)(sr, gt, data_range=1.0))
 
 
-def by_pyiqa(name: str) -> Callable[[Judge, list[Tensor]], Values]:
-    """A metric of pyiqa by its own name and weights, https://github.com/chaofengc/IQA-PyTorch."""
-    return per_pair(lambda sr, gt: _pyiqa_metric(name, str(sr.device))(sr, gt))
+def by_peer(name: str) -> Callable[[Judge, list[Tensor]], Values]:
+    """LPIPS or DISTS by its authors' package and weights, which are downloaded."""
 
+    def measure(sr: Tensor, gt: Tensor) -> Tensor:
+        module = _peer(name, str(sr.device))
+        if isinstance(module, Exception):
+            raise UnavailableError(" ".join(f"{type(module).__name__}: {module}".split())[:200])
+        return PEERS[name].call(module, sr, gt)
 
-def _pyiqa_metric(name: str, device: str) -> Any:
-    metric = _tried_pyiqa_metric(name, device)
-    if isinstance(metric, Exception):
-        raise UnavailableError(" ".join(f"{type(metric).__name__}: {metric}".split())[:200])
-    return metric
+    return per_pair(measure)
 
 
 @functools.cache  # a failure too: no second attempt to download
-def _tried_pyiqa_metric(name: str, device: str) -> Any:
+def _peer(name: str, device: str) -> nn.Module | Exception:
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(CONNECTION_TIMEOUT)
     try:
-        return _imported("pyiqa").create_metric(name, device=torch.device(device))
-    except Exception as error:  # of whatever its many downloads raise
+        return PEERS[name].build().to(device)
+    except Exception as error:  # of whatever a download raises
         return error
     finally:
         socket.setdefaulttimeout(before)
@@ -340,8 +341,8 @@ MEASURES: dict[str, Callable[[Judge, list[Tensor]], Values]] = {
     "vif": by_piq("vif_p"),
     "jod": per_pair(jod),
     "feature_distance": feature_distance,
-    "lpips": by_pyiqa("lpips"),
-    "dists": by_pyiqa("dists"),
+    "lpips": by_peer("lpips"),
+    "dists": by_peer("dists"),
     "niqe": lambda judge, srs: [niqe(sr) for sr in srs],
     "kid": functools.partial(patch_kid, 0),
     "kid_lite2": functools.partial(patch_kid, 2),

@@ -352,9 +352,8 @@ class Study:
     def train_images(self) -> list[Tensor]:
         return photographs.load(self.folders.train)
 
-    def gts(self, folder: Path, side: int | None = None) -> list[Tensor]:
-        images = photographs.load(folder)
-        return [photographs.unit_range(photographs.middle(i, side or max(i.shape)), self.device) for i in images]
+    def gts(self, folder: Path, side: int) -> list[Tensor]:
+        return [photographs.unit_range(photographs.middle(i, side), self.device) for i in photographs.load(folder)]
 
     @cached_property
     def tuning_judge(self) -> tuple[list[Tensor], Judge]:
@@ -363,7 +362,7 @@ class Study:
 
     @cached_property
     def final_judge(self) -> tuple[list[Tensor], Judge]:
-        gts = self.gts(self.folders.judge)
+        gts = self.gts(self.folders.judge, self.config.protocol.judge_side)
         return gts, Judge(gts, tuple(METRICS))
 
     def judge(self, model: nn.Module, task: str, panel: tuple[list[Tensor], Judge]) -> dict[str, Values]:

@@ -287,7 +287,7 @@ def plot_crops(study: Study, track: Track, path: Path, names: Sequence[str]) -> 
     if len(shown) < 2:
         return
     models = {label: study.restorer(run) for label, run in shown.items()}
-    gts = study.gts(study.folders.judge)
+    gts = study.gts(study.folders.judge, study.config.protocol.judge_side)
     detail = [windows(gt).std((1, 2, 3)).max().item() for gt in gts]
     chosen = sorted(range(len(gts)), key=lambda index: -detail[index])[:CROPS]
     figure, axes = plt.subplots(

@@ -37,7 +37,6 @@ def test_settings_are_measured_and_merged(tmp_path):
         assert (float(row["share_of_sr_step"]) == 1) == (row["loss"] == "SR step")
     saved = {row["loss"]: float(row["saved_mib"]) for row in rows if (row["batch"], row["size"]) == ("2", "24")}
     assert 0 < saved["MGHFLoss low memory"] < saved["MGHFLoss"]
-    assert (tmp_path / "losses.png").stat().st_size > 10_000
 
     _, again = measure(table, "--sizes", "24", "--batches", "1", "--only", "content")
     assert len(again) == len(rows) + 1  # a loss more, and nothing else is lost
