@@ -1,4 +1,4 @@
-"""benchmarks/losses.py as a command: every setting a set of rows, other settings kept, peers that fail skipped."""
+"""benchmarks.losses as a command: every setting a set of rows, other settings kept, peers that fail skipped."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 pytestmark = pytest.mark.bench
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+REPOSITORY = Path(__file__).parents[1]
 
 
 def measure(table: Path, *arguments: str) -> tuple[str, list[dict[str, str]]]:
-    command = [sys.executable, str(BENCHMARKS / "losses.py"), "--rounds", "1", "--warmup", "1", "--csv", str(table)]
-    finished = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "benchmarks.losses", "--rounds", "1", "--warmup", "1", "--csv", str(table)]
+    finished = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False, cwd=REPOSITORY)
     assert finished.returncode == 0, finished.stderr
     with table.open() as file:
         return finished.stdout, list(csv.DictReader(file))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import subprocess
 import sys
 from importlib.metadata import version
@@ -119,6 +120,7 @@ def bad_commands(folder: Path) -> dict[str, tuple[list[str], str]]:
     (folder / "text.png").write_text("text")
     (folder / "empty").mkdir()
     pair = ["compare", str(good)]
+    no_pair = ["compare", "none.png", "none.png"]  # an output is looked at before the images are
     return {
         "missing image": ([*pair, str(folder / "none.png")], "cannot read image"),
         "no image": ([*pair, str(folder / "text.png")], "text.png"),
@@ -126,18 +128,38 @@ def bad_commands(folder: Path) -> dict[str, tuple[list[str], str]]:
         "other size": ([*pair, str(folder / "other.png")], "same shape, got sr (1, 3, 32, 32) and gt (1, 3, 40, 32)"),
         "too small": (["compare", *[str(folder / "tiny.png")] * 2], "at least 8 x 8"),
         "unknown checkpoint": ([*pair, str(good), "--inn", "not a name"], "unknown checkpoint 'not a name'"),
-        "unwritable heat map": ([*pair, str(good), "--heatmap", str(folder / "no" / "x.png")], "no"),
+        "unwritable heat map": (
+            [*no_pair, "--heatmap", str(folder / "no" / "x.png")],
+            f"cannot write {folder}/no/x.png",
+        ),
+        "heat map of no format": ([*no_pair, "--heatmap", "heat"], "cannot write heat: expected one of"),
+        "heat map of another format": ([*no_pair, "--heatmap", "heat.xyz"], "got .xyz"),
+        "heat map that is no text": ([*no_pair, "--heatmap", "\udce9.png"], "cannot write \\udce9.png"),
+        "demo that is no text": (["demo", "--out", "\udce9"], "cannot write \\udce9"),
+        "demo into a file": (["demo", "--out", str(good)], f"cannot write {good}"),
+        "network into a file": (["train-inn", "--images", str(folder), "--out", str(good), "--cpu"], "cannot write"),
+        "network that is no text": (["train-inn", "--images", "x", "--out", "\udce9", "--cpu"], "cannot write \\udce9"),
+        "evaluation into a file": (["eval-inn", str(folder), "--out", str(good / "x")], "cannot write"),
         "no training images": (["train-inn", "--images", str(folder / "empty")], "no images"),
         "bad network": (["train-inn", "--images", str(folder), "--hidden", "0"], "hidden must be"),
-        "save never": (["train-inn", "--images", str(folder), "--save-every", "0"], "save_every must be at least 1"),
-        "negative crop": (["train-inn", "--images", str(folder), "--crop", "-8"], "crop must be at least 1, got -8"),
+        "save never": (
+            ["train-inn", "--images", str(folder), "--save-every", "0"],
+            "save_every must be an integer of at least 1",
+        ),
+        "negative crop": (
+            ["train-inn", "--images", str(folder), "--crop", "-8"],
+            "crop must be an integer of at least 1",
+        ),
         "negative rate": (["train-inn", "--images", str(folder), "--learning-rate", "-1"], "learning_rate must be"),
         "evaluation of nothing": (["eval-inn", str(folder / "empty")], "no images"),
-        "negative noise": (["eval-inn", str(folder), "--noise", "-1"], "--noise must be finite and at least 0"),
-        "noise that is no number": (["eval-inn", str(folder), "--noise", "nan"], "--noise must be finite"),
+        "negative noise": (
+            ["eval-inn", str(folder), "--noise", "-1"],
+            "--noise must be a finite number of at least 0, got -1",
+        ),
+        "noise that is no number": (["eval-inn", str(folder), "--noise", "nan"], "--noise must be a finite number"),
         "no picture to draw": (["eval-inn", str(folder), "--features-of", "none.png"], "cannot read image none.png"),
         "unknown data set": (["train-inn", "--dataset", str(folder / "empty"), "--streaming", "--cpu"], "data"),
-        "no steps": (["demo", "--steps", "0"], "--steps must be at least 1"),
+        "no steps": (["demo", "--steps", "0"], "--steps must be an integer of at least 1"),
         "info of nothing": (["info", "--inn", str(folder / "x.safetensors")], "unknown checkpoint"),
     }
 
@@ -150,6 +172,14 @@ BAD_COMMANDS = [
     "too small",
     "unknown checkpoint",
     "unwritable heat map",
+    "heat map of no format",
+    "heat map of another format",
+    "heat map that is no text",
+    "demo that is no text",
+    "demo into a file",
+    "network into a file",
+    "network that is no text",
+    "evaluation into a file",
     "no training images",
     "bad network",
     "save never",
@@ -172,6 +202,45 @@ def test_an_interrupt_is_one_line(monkeypatch, capsys):
     monkeypatch.setattr(cli, "_info", interrupt)
     assert cli.main(["info"]) == 130
     assert capsys.readouterr().err == "\nmghf-loss: interrupted\n"
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("imported", ["torch", "mghf_loss.mghf", "matplotlib", "accelerate"])
+def test_an_interrupt_of_an_import_is_one_line(imported, tmp_path):
+    program = f"""
+import signal, sys
+class Interrupt:
+    def find_spec(name, *_):
+        if name == {imported!r}:
+            signal.raise_signal(signal.SIGINT)
+sys.meta_path.insert(0, Interrupt)
+from mghf_loss.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+    command = (
+        ["train-inn", "--images", "x"] if imported == "accelerate" else ["compare", "a", "b", "--heatmap", "c.png"]
+    )
+    done = subprocess.run([sys.executable, "-c", program, *command], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 130
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("mghf-loss: interrupted")
+
+
+def test_an_interrupt_of_the_parser_is_one_line(monkeypatch, capsys):
+    def interrupt():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_parser", interrupt)
+    assert cli.main(["info"]) == 130
+    assert capsys.readouterr().err == "\nmghf-loss: interrupted\n"
+
+
+def test_names_that_are_no_text_are_printed(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "utf-8"))
+    monkeypatch.setattr(cli, "_info", lambda _: print("caf\udce9"))
+    assert cli.main(["info"]) == 0
+    sys.stdout.seek(0)
+    assert sys.stdout.read() == "caf\\udce9\n"
 
 
 def test_an_unusable_device_is_named(pair, capsys):

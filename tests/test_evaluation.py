@@ -130,6 +130,14 @@ def test_what_cannot_be_measured_is_skipped_by_name(whitener, grey_folder):
         evaluate(whitener, [grey_folder / "strip.png"], [0.0], "cpu")
 
 
+def test_the_picture_is_of_the_first_readable_image(grey_folder, tmp_path):
+    (grey_folder / "-broken.png").write_bytes(b"no image")
+    with pytest.warns(UserWarning, match=r"skipped image .*-broken\.png"):
+        result = evaluation.eval_inn("bundled", grey_folder, tmp_path / "out", [0.0], "cpu")
+    assert result.photographs == 2
+    assert (tmp_path / "out" / "features.png").exists()
+
+
 def test_a_packet_has_one_share_for_all_details(grey_folder):
     network = HighFrequencyINN(INNConfig(levels=2, couplings=1, hidden=4, variant="packet")).eval()
     fine, coarse, low_pass = evaluate(network, sorted(grey_folder.glob("*.png")), [6.0], "cpu").levels

@@ -277,7 +277,7 @@ def test_something_else_than_a_network_is_refused():
 
 
 def test_images_on_another_device_are_told_how_to_move_the_loss():
-    with pytest.raises(ValueError, match=r"on meta, the loss is on cpu: move it once with criterion.to\('meta'\)"):
+    with pytest.raises(ValueError, match=r"on meta, the loss is on cpu: move it once, criterion.to\('meta'\)"):
         MGHFnLoss()(*(image.to("meta") for image in pair()))
 
 

@@ -10,6 +10,7 @@ import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import redirect_stdout
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ LANGUAGES = {"python", "{.python}", "bash", "yaml", "toml", "bibtex"}
 NOT_RUN = {
     'pip install ".[demo]" && mghf-loss demo': "installs; .ci/run takes it from the README and runs it as it stands",
     'pip install -e ".[test]" && pytest': "installs, and is this suite; .ci/run takes it from the README too",
-    'pip install ".[bench]"': "installs the peers of the benchmarks",
+    'pip install -e ".[bench]"': "installs the peers of the benchmarks",
     "pip install basicsr==1.4.2": "installs; the extra `test` has it",
     "pip install lightning tensorboard": "installs; the extra `test` has them",
     "bash benchmarks/gpu.sh ": "measures on an NVIDIA GPU; it refuses to start without one",
@@ -234,24 +235,28 @@ def run(command: str, folder: Path) -> None:
         held_out = ["--held-out", "1"] if "--held-out" in words else []
         assert cli.main([*words, *SMALL.get(words[0], []), *held_out]) == 0, command
     elif words[0] == "python" or words[:2] == ["accelerate", "launch"]:
-        # Scripts of the repository have tests of their own: here, that they exist and know these options.
-        script, *options = shlex.split(re.sub("^(python|accelerate launch) ", "", command).replace("#", " "))
-        usage = help_of(REPOSITORY / script, *[word for word in words[2:3] if word.isalpha()])
+        # Programs of the repository have tests of their own: here, that they exist and know these options.
+        script, *options = shlex.split(re.sub("^(python( -m)?|accelerate launch) ", "", command).replace("#", " "))
+        usage = help_of(script)
         for option in options:
             assert not option.startswith("--") or option.strip(",;") in usage, f"{script} has no {option}"
     else:
         raise AssertionError(f"say in `run` or `NOT_RUN` what becomes of: {command}")
 
 
-def help_of(script: Path, *subcommand: str) -> str:
-    """Return what a script prints for --help; in this process, which has PyTorch already."""
+def help_of(script: str) -> str:
+    """Return what a script or module prints for --help; in this process, which has PyTorch already."""
     output = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(output):
-        patch.syspath_prepend(script.parent)
-        patch.setattr(sys, "argv", [str(script), *subcommand, "--help"])
+        patch.delitem(sys.modules, script, raising=False)
+        path = REPOSITORY / script
+        is_file = path.suffix == ".py"
+        patch.syspath_prepend(path.parent if is_file else REPOSITORY)
+        start = partial(runpy.run_path, str(path)) if is_file else partial(runpy.run_module, script)
+        patch.setattr(sys, "argv", [script, "--help"])
         try:
             with pytest.raises(SystemExit) as stopped:
-                runpy.run_path(str(script), run_name="__main__")
+                start(run_name="__main__")
         except ModuleNotFoundError as error:  # .ci/run repeats this test with the extra of the benchmarks
             pytest.skip(str(error))
     assert stopped.value.code == 0

@@ -297,3 +297,28 @@ def test_data_parallel_is_refused_by_name(build):
     (frozen,) = (module for module in build().modules() if isinstance(module, Frozen))
     with pytest.raises(RuntimeError, match="DataParallel does not copy the frozen network"):
         frozen._replicate_for_data_parallel()  # what nn.DataParallel calls
+
+
+def test_options_of_public_terms_are_checked():
+    sr, gt = torch.rand(2, 2, 9, 8, 8).unbind(0)
+    with pytest.raises(ValueError, match=r"locations must have shape \(B, N\) with B = 2, got \(1, 10\)"):
+        terms.patch_nce(sr, gt, locations=torch.arange(10)[None])
+    with pytest.raises(ValueError, match="eps must be a finite number above 0, got -1"):
+        terms.correlation(sr, gt, eps=-1)
+    with pytest.raises(ValueError, match="prune must be a number of at least 0 and below 1, got 2"):
+        terms.entropy_channel_weights(gt, prune=2)
+
+
+@pytest.mark.parametrize(
+    "options", [{"temperature": 10**400}, {"coefficients": {"style": 10**400}}, {"input_range": (0, 10**400)}]
+)
+def test_integers_beyond_all_floats_are_refused_by_name(options, inn):
+    with pytest.raises(ValueError, match=r"(temperature|style|input_range).* must be"):
+        MGHFLoss(inn=inn, **options)
+
+
+def test_a_wrong_range_is_warned_of_once_with_the_dino_term_too(inn, tiny_dino):
+    criterion, (sr, gt) = MGHFLoss(coefficients={"dino_jsd": 1.0}, inn=inn, dino=tiny_dino), pair()
+    with pytest.warns(UserWarning, match="input_range") as caught:
+        criterion(255 * sr, 255 * gt)
+    assert len(caught) == 1

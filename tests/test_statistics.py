@@ -209,8 +209,13 @@ LEVEL = torch.rand(1, 3, 4, 4)
 BAD = {
     "other shape": ((LEVEL, LEVEL[..., :3]), {}, ValueError, r"got \(1, 3, 4, 4\) and \(1, 3, 4, 3\)"),
     "two dimensions": ((LEVEL[0, 0], LEVEL[0, 0]), {}, ValueError, r"\(B, C, ...\), got \(4, 4\)"),
-    "no place": ((LEVEL[..., :0], LEVEL[..., :0]), {}, ValueError, r"one channel and place, got shape \(1, 3, 4, 0\)"),
-    "no channel": ((LEVEL[:, :0], LEVEL[:, :0]), {}, ValueError, r"one channel and place, got shape \(1, 0, 4, 4\)"),
+    "no place": (
+        (LEVEL[..., :0], LEVEL[..., :0]),
+        {},
+        ValueError,
+        r"one channel and location, got shape \(1, 3, 4, 0\)",
+    ),
+    "no channel": ((LEVEL[:, :0], LEVEL[:, :0]), {}, ValueError, r"one channel and location, got shape \(1, 0, 4, 4\)"),
     "device": ((LEVEL, LEVEL.to("meta")), {}, ValueError, "sr and gt must be on one device, got cpu and meta"),
     "device of weights": (
         (LEVEL, LEVEL, torch.ones(1, 3, device="meta")),

@@ -182,9 +182,9 @@ def test_stopped_processes_are_one_line_free_their_folder_and_resume_to_the_same
         "import sys, torch; torch.use_deterministic_algorithms(True); torch.set_num_threads(1);"
         "from mghf_loss.cli import main; sys.exit(main())"
     )
-    config = configuration(image_folder, steps=400, save_every=7)
+    config = configuration(image_folder, steps=150, save_every=7)
     undisturbed, stopped = config.out, tmp_path / "stopped"
-    options = ["--out", str(stopped), "--steps", "400", "--save-every", "7", "--ema", "0.5"]
+    options = ["--out", str(stopped), "--steps", "150", "--save-every", "7", "--ema", "0.5"]
     command = [sys.executable, "-c", program, "train-inn", "--images", str(image_folder), *SMALL, *options]
     train(config)
 
@@ -205,7 +205,7 @@ def test_stopped_processes_are_one_line_free_their_folder_and_resume_to_the_same
         assert "Traceback" not in errors
         if code == 130:
             assert errors.endswith("\nmghf-loss: interrupted; the same command resumes from the last checkpoint\n")
-        assert step() < 400
+        assert step() < 150
     train(replace(config, out=stopped))
     for name in (checkpoints.MODEL_FILE, checkpoints.CONFIG_FILE):
         assert (stopped / name).read_bytes() == (undisturbed / name).read_bytes()

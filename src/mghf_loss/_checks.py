@@ -1,4 +1,4 @@
-"""Every check of an argument, once: it returns the argument, or raises and names what came and what was expected.
+"""The checks of arguments: each returns the argument, or raises and names what came and what was expected.
 
 None but `warn_of_range` looks at values of tensors: nothing waits for a GPU.
 """
@@ -6,6 +6,7 @@ None but `warn_of_range` looks at values of tensors: nothing waits for a GPU.
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 from collections.abc import Iterable
 from numbers import Integral, Real
@@ -28,7 +29,7 @@ def number(
 ) -> float:
     """Return `value` as a float if it is a finite number from `least` (above it with `above`) to `most` or `below`."""
     fits = _is_number(value, Real) and (least < value if above else least <= value) and value < below and value <= most
-    if not fits:
+    if not fits or value > sys.float_info.max:  # an integer may be larger
         low = f"above {least:g}" if above else f"of at least {least:g}"
         high = f" and below {below:g}" if below < math.inf else f" and at most {most:g}" if most < math.inf else ""
         kind = "number" if high else "finite number"
@@ -55,7 +56,7 @@ def input_range(value: Any) -> tuple[float, float]:
     """Return (black, white) as floats if they are two finite numbers with black < white."""
     try:
         low, high = (float(bound) for bound in value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ValueError(f"input_range must be two numbers (black, white) such as (0, 1), got {value!r}") from None
     if not -math.inf < low < high < math.inf:
         raise ValueError(f"input_range must be finite (black, white) with black < white, got {value!r}")

@@ -85,7 +85,7 @@ def _read(path: Path, name: str | Path) -> Checkpoint:
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     except (OSError, ValueError, KeyError, MemoryError, safetensors.SafetensorError) as error:
         raise CheckpointError(f"{source}: cannot read its parameters: {_describe(error)}") from error
-    embedded = header.get("__metadata__", {}).get(METADATA_KEY)
+    embedded = (header.get("__metadata__") or {}).get(METADATA_KEY)
     try:
         config = json.loads(embedded or path.with_name(CONFIG_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError, MemoryError, RecursionError) as error:

@@ -7,8 +7,12 @@ from __future__ import annotations
 
 import argparse
 import io
+import os
 import platform
+import signal
 import sys
+import threading
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,9 +29,22 @@ EXTRAS = {"train-inn": "train", "eval-inn": "train"}  # what a command needs whe
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return 0, 2 after a one-line error on stderr, or 130 after Ctrl-C."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be text
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # file names need not be text
     options = argparse.Namespace(command=None)
+
+    def stop(*_: object) -> None:
+        with suppress(RuntimeError):  # a flush is what was interrupted
+            sys.stdout.flush()
+        os.write(2, _interrupted(options).encode())
+        os._exit(130)
+
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    usual = in_main_thread and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if usual:
+        # An exception would abort the import of torch's extensions with a core dump, or be swallowed on the way.
+        signal.signal(signal.SIGINT, stop)
     try:
         _parser().parse_args(arguments, options)
         options.run(options)
@@ -36,13 +53,20 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"mghf-loss: error: {error}; install it with: pip install 'mghf-loss[{extra}]'", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        resumes = "; the same command resumes from the last checkpoint" if options.command == "train-inn" else ""
-        print(f"\nmghf-loss: interrupted{resumes}", file=sys.stderr)
+        print(_interrupted(options), end="", file=sys.stderr)
         return 130
     except (RuntimeError, OSError, ValueError, TypeError) as error:  # CheckpointError is a RuntimeError
         print(f"mghf-loss: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    finally:
+        if usual:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
     return 0
+
+
+def _interrupted(options: argparse.Namespace) -> str:
+    resumes = "; the same command resumes from the last checkpoint" if options.command == "train-inn" else ""
+    return f"\nmghf-loss: interrupted{resumes}\n"
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -134,7 +134,7 @@ class AffineCoupling(InvertibleModule):
 
     The coupling of the paper (section 3, invertible modules), with one choice of ours: the low-pass band is
     not transformed but given, so that the network is a density of the details given the coarse image.
-    rho and eta come from one bottleneck block; |rho| < clamp.
+    rho and eta come from one bottleneck block, rho bounded by clamp * tanh(rho / clamp).
     """
 
     def __init__(

@@ -25,8 +25,6 @@ class Criterion(nn.Module, ABC):
         reduction: over the images of a batch, `"mean"`, `"sum"` or `"none"`.
     """
 
-    least_size = 1  # of images, in pixels
-
     def __init__(
         self, coefficients: Mapping[str, float], input_range: tuple[float, float], reduction: terms.Reduction
     ) -> None:
@@ -35,6 +33,12 @@ class Criterion(nn.Module, ABC):
         self.input_range = _checks.input_range(input_range)
         self.reduction: terms.Reduction = _checks.one_of("reduction", reduction, terms.Reduction)
         self._has_seen_gt = False
+
+    @property
+    def least_size(self) -> int:
+        """Least height and width of the images, in pixels."""
+        inn = getattr(self, "inn", None)
+        return 1 if inn is None else inn.network.stride
 
     @property
     def coefficients(self) -> Mapping[str, float]:

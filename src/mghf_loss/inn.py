@@ -1,4 +1,4 @@
-"""The invertible network: image <-> multi-granular high-frequency features. The only file that knows FrEIA."""
+"""The invertible network: image <-> multi-granular high-frequency features; a level's modules are in coupling.py."""
 
 from __future__ import annotations
 
@@ -51,9 +51,9 @@ class INNConfig:
         _checks.one_of("mixing", self.mixing, Mixing)
         # Bounds far from any use, so that a damaged or hostile configuration is refused before anything is built:
         # packets have 3 * 4^levels channels, and exp(80) is about the largest float32.
-        for name, most in (("levels", 12 if self.variant == "pyramid" else 5), ("couplings", 100), ("hidden", 2**14)):
+        for name, most in (("levels", 12 if self.variant == "pyramid" else 5), ("couplings", 16), ("hidden", 2**14)):
             object.__setattr__(self, name, _checks.integer(name, getattr(self, name), least=1, most=most))
-        object.__setattr__(self, "clamp", _checks.number("clamp", self.clamp, above=True, below=80.0))
+        object.__setattr__(self, "clamp", _checks.number("clamp", self.clamp, least=1e-3, below=80.0))
         object.__setattr__(self, "noise_floor", _checks.number("noise_floor", self.noise_floor))
 
 

@@ -74,7 +74,6 @@ class MGHFnLoss(Criterion):
         self.memory: Memory = _checks.one_of("memory", memory, Memory)
         self.gt_features: GTCache[list[Tensor]] = GTCache(cache_gt)
         self.inn = _load(inn)
-        self.least_size = self.inn.network.stride
 
     def _terms(self, sr: Tensor, gt: Tensor, generator: torch.Generator | None) -> dict[str, Tensor]:
         inn = self.inn
@@ -163,7 +162,6 @@ class MGHFLoss(Criterion):
         self.inn = self.dino = None
         if active - {"dino_jsd"}:
             self.inn = _load(inn)
-            self.least_size = self.inn.network.stride
         if "dino_jsd" in active:
             self.dino = DinoJSDLoss(dino, input_range=input_range, memory=memory, cache_gt=cache_gt)
 
@@ -183,7 +181,7 @@ class MGHFLoss(Criterion):
             per_level = [self._level_terms(sr, gt, weights, wanted, seed) for sr, (gt, weights) in levels]
             values = {name: torch.stack([level[name] for level in per_level]).mean(0) for name in per_level[0]}
         if self.dino is not None and "dino_jsd" in wanted:
-            values |= self.dino.term_values(sr, gt)
+            values |= self.dino._terms(sr, gt, generator)
         return values
 
     def _gt_levels(self, inn: Frozen[HighFrequencyINN], gt: Tensor) -> list[tuple[Tensor, Tensor]]:

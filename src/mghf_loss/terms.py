@@ -1,4 +1,4 @@
-"""The terms of the loss on one level of features: SR and GT tensors (B, C, H, W) -> a scalar.
+"""The terms of the loss on one level of features, (B, C, H, W) of SR and GT -> a scalar, and the channel weights.
 
 Every term takes `reduction`: `"mean"` (a 0-d tensor, the default), `"sum"`, or `"none"` for one value per
 image, (B,). `channel_weights` (B, C) multiply the features of both images (in `correlation`, they weight the mean
@@ -120,6 +120,7 @@ def correlation(
 
     Reference: arXiv 2411.13548 (MGHF), CSC, content-style consistency; eps and the weighting are our choice.
     """
+    _checks.number("eps", eps, above=True)
     if statistics is None:
         statistics = second_order_statistics(sr_level, gt_level, channel_weights, gram=False)
     scale = ((statistics.variance_sr + eps) * (statistics.variance_gt + eps)).rsqrt()
@@ -177,6 +178,8 @@ def patch_nce(
     """
     sr, gt = sr_level.flatten(2), gt_level.flatten(2)
     if locations is not None:
+        if locations.ndim != 2 or len(locations) != len(sr):
+            raise ValueError(f"locations must have shape (B, N) with B = {len(sr)}, got {tuple(locations.shape)}")
         index = locations[:, None].expand(-1, sr.shape[1], -1)
         sr, gt = sr.gather(2, index), gt.gather(2, index)
     dtype = compute_dtype(sr, gt)
@@ -232,6 +235,7 @@ def entropy_channel_weights(gt_level: Tensor, prune: float = 0.25) -> Tensor:
     Reference: arXiv 2411.13548 (MGHF), adaptive entropy-based pruning and reweighting; the proportional
     weights and the default of a quarter are our choice.
     """
+    _checks.number("prune", prune, below=1)
     entropy = channel_entropy(gt_level)
     channels = entropy.shape[1]
     dropped = entropy.argsort(dim=1, stable=True)[:, : int(prune * channels)]

@@ -1,6 +1,6 @@
-"""Modulated PatchNCE over every pair of places, without an N x N matrix.
+"""Modulated PatchNCE over every pair of locations, without an N x N matrix: MoNCE's transport by Sinkhorn.
 
-With unit vectors q_i, k_j of SR and GT and s_ij = q_i . k_j, the loss of place i is
+With unit vectors q_i, k_j of SR and GT and s_ij = q_i . k_j, the loss of location i is
 
     loss_i = -log(e^{s_ii/T} / (e^{s_ii/T} + sum_{j != i} w_ij e^{s_ij/T})),   w_ij = (N - 1) * Q * P_ij,
 
@@ -51,20 +51,20 @@ def patch_nce_formula(
     with_jacobian: bool,
     precision: str,
 ) -> tuple[Tensor, Tensor]:
-    """Loss of every place (B, N) and its gradient with respect to the SR vector there (B, C, N), or an empty tensor.
+    """Loss of every location (B, N) and its gradient with respect to the SR vector there (B, C, N), or an empty tensor.
 
     In float32 at least, whatever `precision` and autocast say; on CUDA with the products of
     `torch.set_float32_matmul_precision`.
     """
-    batch, _, places = sr.shape
+    batch, _, locations = sr.shape
     dtype = compute_dtype(sr, gt)
-    loss = sr.new_zeros((batch, places), dtype=dtype)
+    loss = sr.new_zeros((batch, locations), dtype=dtype)
     jacobian = sr.new_zeros(sr.shape if with_jacobian else 0, dtype=dtype)
-    if places < 2:  # no negatives
+    if locations < 2:  # no negatives
         return loss, jacobian
     # On a CPU every image by itself: neither its rounding nor its last iteration depends on the others.
-    group = 1 if sr.device.type == "cpu" else max(1, BLOCK // places**2)
-    size = max(1, BLOCK // (group * places))
+    group = 1 if sr.device.type == "cpu" else max(1, BLOCK // locations**2)
+    size = max(1, BLOCK // (group * locations))
     with torch.autocast(sr.device.type, enabled=False):
         for first in range(0, batch, group):
             images = slice(first, first + group)
@@ -76,8 +76,8 @@ def patch_nce_formula(
                 sharpness = (1 if modulation == "hard" else -1) / eps
                 row_potential, column_potential = transport_potentials(query, key, sharpness, iterations, tolerance)
                 slope += sharpness
-                log_weight += math.log(places - 1)
-            for start in range(0, places, size):
+                log_weight += math.log(locations - 1)
+            for start in range(0, locations, size):
                 rows = slice(start, start + size)
                 similarity = torch.bmm(query[:, :, rows].transpose(1, 2), key)
                 positive = similarity.diagonal(start, 1, 2) / temperature
@@ -115,9 +115,9 @@ def _(
     with_jacobian: bool,
     precision: str,
 ) -> tuple[Tensor, Tensor]:
-    batch, _, places = sr.shape
+    batch, _, locations = sr.shape
     dtype = compute_dtype(sr, gt)
-    return sr.new_empty((batch, places), dtype=dtype), sr.new_empty(sr.shape if with_jacobian else 0, dtype=dtype)
+    return sr.new_empty((batch, locations), dtype=dtype), sr.new_empty(sr.shape if with_jacobian else 0, dtype=dtype)
 
 
 def backward_formula(loss: Tensor, jacobian: Tensor, loss_gradient: Tensor) -> Tensor:
@@ -158,12 +158,12 @@ def patch_nce(
     tolerance: float = 1e-4,
     precision: Precision = "fast",
 ) -> Tensor:
-    """Modulated PatchNCE of every place: vectors (B, C, N) of SR and GT -> loss in nats (B, N).
+    """Modulated PatchNCE of every location: vectors (B, C, N) of SR and GT -> loss in nats (B, N).
 
-    Every place's positive is the same place of `gt`, its negatives are all other places of the same image.
+    Every location's positive is the same location of `gt`, its negatives are all other locations of the same image.
     Gradient flows to `sr` only. A zero vector has similarity 0 to all and gradient 0; N = 1 gives 0.
     Memory beyond inputs and outputs does not grow with N^2: it is bounded by a block of pairs in the torch formula (see
-    `BLOCK`), and by 4 bytes for each pair of up to 512 places in the Triton kernels, which beyond hold none.
+    `BLOCK`), and by 4 bytes for each pair of up to 512 locations in the Triton kernels, which beyond hold none.
 
     Args:
         sr: query vectors, any floating dtype; float64 stays float64, all else is computed in float32.
@@ -219,11 +219,11 @@ def transport_potentials(
 
     `query` and `key` are unit vectors (B, C, N) with N >= 2. Column sums are exact, row sums to `tolerance`.
     """
-    batch, _, places = query.shape
-    f = g = query.new_zeros(batch, places)
+    batch, _, locations = query.shape
+    f = g = query.new_zeros(batch, locations)
     # |q.k| <= 1 bounds the potentials; while e^{4 |sharpness|} is far from overflow, one kernel that fits in a
     # block serves all iterations as a matrix, and an iteration is two matrix-vector products.
-    if batch * places**2 <= BLOCK and abs(sharpness) <= 16:
+    if batch * locations**2 <= BLOCK and abs(sharpness) <= 16:
         pairs = torch.bmm(query.transpose(1, 2), key) * sharpness
         pairs.diagonal(0, 1, 2).fill_(-math.inf)
         kernel = pairs.sub_(abs(sharpness)).exp_()
@@ -243,10 +243,10 @@ def transport_potentials(
 
 def _log_row_sums(query: Tensor, key: Tensor, sharpness: float, potential: Tensor) -> Tensor:
     """log sum_{j != i} exp(sharpness * q_i.k_j + potential_j), (B, N), in blocks of rows."""
-    batch, _, places = query.shape
-    size = max(1, BLOCK // (batch * places))
+    batch, _, locations = query.shape
+    size = max(1, BLOCK // (batch * locations))
     sums = torch.empty_like(potential)
-    for start in range(0, places, size):
+    for start in range(0, locations, size):
         rows = query[:, :, start : start + size].transpose(1, 2)
         offset = potential[:, None].expand(-1, rows.shape[1], -1)
         pairs = torch.baddbmm(offset, rows, key, alpha=sharpness)

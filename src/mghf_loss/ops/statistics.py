@@ -1,6 +1,6 @@
-"""Second-order statistics of SR and GT features: all that content, style and correlation need, in one pass.
+"""Gram difference, variances and covariance of SR and GT: all of content, style and correlation, in one pass.
 
-With x, y (B, C, N) the features of SR and GT at N places, and means over the places,
+With x, y (B, C, N) the features of SR and GT at N locations, and means over the locations,
 
     gram_difference = (x x^T - y y^T) / (C N) = (d m^T + m d^T) / (2 C N),   d = x - y, m = x + y,
     squared_error   = mean d^2,   variance = mean (x - mean x)^2,   covariance = mean (x - mean x)(y - mean y).
@@ -74,7 +74,7 @@ def second_order_statistics(
     if sr.ndim < 3 or sr.shape != gt.shape:
         raise ValueError(f"sr and gt must have one shape (B, C, ...), got {tuple(sr.shape)} and {tuple(gt.shape)}")
     if sr.shape[1:].numel() == 0:
-        raise ValueError(f"sr and gt must have at least one channel and place, got shape {tuple(sr.shape)}")
+        raise ValueError(f"sr and gt must have at least one channel and location, got shape {tuple(sr.shape)}")
     if not (sr.is_floating_point() and gt.is_floating_point()):
         raise TypeError(f"sr and gt must be floating-point tensors, got {sr.dtype} and {gt.dtype}")
     if channel_weights is not None and channel_weights.shape != sr.shape[:2]:
@@ -97,11 +97,11 @@ def statistics_formula(
     """Gram difference (B, C, C), or an empty tensor, and moments (B, 6, C) in the order of the named tuple."""
     with torch.autocast(sr.device.type, enabled=False):
         x, y = _maps(sr, gt)
-        channels, places = x.shape[1:]
+        channels, locations = x.shape[1:]
         difference = x - y
         gram_difference = x.new_empty(0)
         if gram:
-            scale = (channels * places) ** -0.5  # before the product: no overflow, no lost digits
+            scale = (channels * locations) ** -0.5  # before the product: no overflow, no lost digits
             product = torch.bmm(difference * scale, ((x + y) * scale).transpose(1, 2))
             gram_difference = 0.5 * (product + product.transpose(1, 2))
         mean_x, mean_y = x.mean(2, keepdim=True), y.mean(2, keepdim=True)
@@ -194,13 +194,13 @@ def _keep_inputs(ctx, inputs, output) -> None:
 
 def _backward(ctx, gram_gradient: Tensor, moment_gradient: Tensor) -> tuple[Tensor | None, ...]:
     sr, gt, keep, moments = ctx.saved_tensors
-    channels, places = sr.shape[1], sr.shape[2:].numel()
+    channels, locations = sr.shape[1], sr.shape[2:].numel()
     mean_sr_gradient, _, variance_gradient, _, covariance_gradient, error_gradient = moment_gradient.unbind(1)
     gradients = [2 * error_gradient, 2 * variance_gradient, covariance_gradient, mean_sr_gradient]
-    coefficients = torch.cat([torch.stack(gradients, 1) / places, moments[:, :2]], 1)
+    coefficients = torch.cat([torch.stack(gradients, 1) / locations, moments[:, :2]], 1)
     mixing = None
     if ctx.gram:
-        mixing = (gram_gradient + gram_gradient.transpose(1, 2)) / (channels * places)
+        mixing = (gram_gradient + gram_gradient.transpose(1, 2)) / (channels * locations)
     if keep is not None:
         coefficients = torch.where(keep[:, None], coefficients, 0)
         mixing = None if mixing is None else torch.where(keep[:, None] & keep[:, :, None], mixing, 0)

@@ -1,4 +1,4 @@
-"""Maximum likelihood of details given the coarse image, as a code length."""
+"""The training objective: likelihood of the details given the coarse image, as a code length (`bits_per_detail`)."""
 
 from __future__ import annotations
 
