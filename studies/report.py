@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mghf_loss._files import write_atomically
+from mghf_loss.toy import downscale, upscale
 
 from . import config, losses, photographs, tables
 from .config import L1, Track
@@ -37,6 +38,7 @@ COMPARED = ("jod", "niqe", "kid_lite2", "spectrum_error")
 POOLED = ("kid", "kid_lite2")
 CROP, CROPS = 96, 3
 CROP_DROP = 0.1
+MOST_DROP = 0.6  # that a figure shows
 
 
 @dataclass(frozen=True)
@@ -189,10 +191,10 @@ def plot_front(study: Study, track: Track, l1: Entry, path: Path) -> None:
         axis.plot(0, l1.figure(metric), "k*", markersize=12, zorder=5)
         for index, (loss, points) in enumerate(lines(study, track, whole=True).items()):
             is_ours = loss != L1 and study.config.losses[loss].type in losses.OURS
-            draw_line(axis, [(-drop(p, l1), p.figure(metric)) for p in points], loss, index, 2.4 if is_ours else 1.0)
+            shown = [(-drop(p, l1), p.figure(metric)) for p in points if drop(p, l1) < MOST_DROP]
+            draw_line(axis, shown, loss, index, 2.4 if is_ours else 1.0)
         axis.set_xlabel("PSNR against L1, dB")
         axis.set_ylabel(tables.heading(metric))
-        axis.set_xlim(left=-3 * max(DROPS))
     over = "the GAN weight" if track.critic else "the factor"
     figure.suptitle(f"{track.name}: lines over {over}; star: L1", fontsize=10)
     save(figure, path)
@@ -239,8 +241,8 @@ def plot_crops(study: Study, track: Track, path: Path, names: Sequence[str]) -> 
         return
     models = {label: study.restorer(run) for label, run in shown.items()}
     gts = study.gts(study.folders.judge, study.config.protocol.judge_side)
-    detail = [windows(gt).std((1, 2, 3)).max().item() for gt in gts]
-    chosen = sorted(range(len(gts)), key=lambda index: -detail[index])[:CROPS]
+    detail = [windows((gt - upscale(downscale(gt))).abs()).mean((1, 2, 3)) for gt in gts]
+    chosen = sorted(range(len(gts)), key=lambda index: -detail[index].max().item())[:CROPS]
     figure, axes = plt.subplots(
         len(chosen),
         len(models) + 1,
@@ -249,7 +251,7 @@ def plot_crops(study: Study, track: Track, path: Path, names: Sequence[str]) -> 
         squeeze=False,
     )
     for row, index in zip(axes, chosen, strict=True):
-        window = int(windows(gts[index]).std((1, 2, 3)).argmax())
+        window = int(detail[index].argmax())
         versions = {label: restore(model, track.task, gts[index], index) for label, model in models.items()}
         for axis, (label, image) in zip(row, {**versions, "ground truth": gts[index]}.items(), strict=True):
             axis.imshow(windows(image.clamp(0, 1))[window].permute(1, 2, 0).cpu().numpy(), interpolation="nearest")

@@ -1,0 +1,161 @@
+"""studies.run from photographs to report, at a size that trains in seconds; what it refuses before it trains."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("kornia")
+pytest.importorskip("efficientnet_lite_pytorch")
+from PIL import Image
+
+REPOSITORY = Path(__file__).parents[1]
+sys.path.insert(0, str(REPOSITORY))
+
+from studies import config, protocol, report, run  # noqa: E402
+
+pytestmark = pytest.mark.bench
+CONFIG = """
+[protocol]
+steps = 20
+batch = 1
+crop = 32
+round = 20
+most_rounds = 2
+patience = 1
+
+[losses]
+"fixed" = { type = "MGHFLoss", factor = 0.05 }
+"MSE" = { type = "mse", ratios = [1, 4] }
+"unsharp" = { type = "unsharp-mask", ratios = [0.25, 0.5], grow = 2 }
+"missing" = { type = "no_such_module:build" }
+
+[[track]]
+name = "x4"
+losses = ["fixed", "MSE", "unsharp", "missing"]
+seeds = [0, 1]
+
+[[track]]
+name = "critic"
+losses = ["MSE"]
+critic = [0.03]
+factors_of = "x4"
+seeds = [0]
+"""
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Three folders with two photographs each."""
+    for name in ("train", "tune", "judge"):
+        (tmp_path / name).mkdir()
+        for index in range(2):
+            coarse = torch.rand(1, 3, 26, 30)
+            image = torch.nn.functional.interpolate(coarse, size=(208, 240), mode="bicubic").clamp(0, 1)
+            pixels = (255 * image[0]).byte().permute(1, 2, 0).numpy()
+            Image.fromarray(pixels).save(tmp_path / name / f"{index}.png")
+    return protocol.Folders(*(tmp_path / name for name in ("train", "tune", "judge")))
+
+
+@pytest.fixture
+def study(tmp_path, folders, monkeypatch):
+    """A study with the judges that take no time."""
+    monkeypatch.setattr(protocol, "TUNING_METRICS", ("psnr", "spectrum_error"))
+    monkeypatch.setattr(protocol, "METRICS", dict.fromkeys(("psnr", "spectrum_error", "detail_energy"), "lower"))
+    monkeypatch.setattr(protocol, "MOST_RATIO", 16)
+    (tmp_path / "study.toml").write_text(CONFIG)
+    return protocol.Study(config.read(tmp_path / "study.toml"), folders, tmp_path / "out")
+
+
+def test_a_study_from_photographs_to_report(study, folders, tmp_path, capsys):
+    study.open()
+    run.run(study)
+    assert "skipped missing: ModuleNotFoundError" in capsys.readouterr().err
+    assert study.ready() == []
+    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.json")}
+    kinds = [path.parent.name for path in made]
+    assert kinds.count("bases") == 2
+    assert kinds.count("calibrations") == 1  # one of MSE: the others have a factor, or none
+    assert not list((tmp_path / "out").rglob("*.lock"))
+
+    # What is finished is not made again; what a kill took is.
+    x4 = study.config.track("x4")
+    lost = study.path("judged", protocol.Run(x4.model, x4.task, 1))
+    lost.unlink()
+    again = protocol.Study(study.config, folders, tmp_path / "out")
+    again.open()
+    run.run(again)
+    assert lost.exists()
+    assert {path: path.stat().st_mtime_ns for path in made if path != lost} == {
+        path: time for path, time in made.items() if path != lost
+    }
+
+    text = report.write_report(again, ["MSE"]).read_text()
+    assert "## x4: small-sr, sr-bicubic" in text
+    assert "| MSE, GAN 0.03 |" in text
+    assert "Skipped: missing" in text
+    rows = [json.loads(line) for line in (tmp_path / "out" / "rows.jsonl").read_text().splitlines()]
+    assert {row["loss"] for row in rows} == {"L1", "fixed", "MSE", "unsharp"}
+    for row in rows:
+        assert {"device", "torch", "mghf_loss", "commit", "date", "seed", "applied_factor"} <= row.keys()
+        assert len(row["tuning"]["psnr"]) == 2
+    assert all((tmp_path / "out" / f"x4-{name}.png").exists() for name in ("front", "factors", "crops"))
+
+
+def test_a_diverged_run_is_a_result(study, monkeypatch):
+    study.open()
+
+    def diverge(*_: object) -> None:
+        raise protocol.DivergenceError("the gradient was not finite in step 3")
+
+    x4 = study.config.track("x4")
+    for kind, each in (("bases", protocol.Run(x4.model, x4.task, 0)), ("runs", protocol.Run(x4.model, x4.task, 0))):
+        job = study._next(kind, each)
+        study.store.write(job.path, job.work())
+    monkeypatch.setattr(study, "fine_tune", diverge)
+    found = study.make_run(protocol.Run(x4.model, x4.task, 0, "fixed", 1.0))
+    assert found["failure"] == "the gradient was not finite in step 3"
+    assert found["values"] == {}
+
+
+def spoil_protocol(folders: protocol.Folders, out: Path) -> str:
+    out.mkdir()
+    (out / "protocol.json").write_text('{"steps": 7}')
+    return f"{out} holds results of another protocol"
+
+
+def spoil_small(folders: protocol.Folders, out: Path) -> str:
+    Image.new("RGB", (100, 300)).save(folders.judge / "small.png")
+    return "small.png must be at least 200 x 200 pixels, got 100 x 300"
+
+
+def spoil_unreadable(folders: protocol.Folders, out: Path) -> str:
+    (folders.tune / "broken.png").write_bytes(b"no image")
+    return "broken.png"
+
+
+@pytest.mark.parametrize("spoil", [spoil_protocol, spoil_small, spoil_unreadable])
+def test_bad_input_is_named_in_one_line_before_anything_is_trained(spoil, folders, tmp_path):
+    out = tmp_path / "results"
+    named = spoil(folders, out)
+    (tmp_path / "study.toml").write_text(CONFIG)
+    places = [f"--{name}={getattr(folders, name)}" for name in ("train", "tune", "judge")]
+    finished = subprocess.run(
+        [sys.executable, "-m", "studies.run", f"--config={tmp_path / 'study.toml'}", *places, f"--out={out}"],
+        cwd=REPOSITORY,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(["src", os.environ.get("PYTHONPATH", "")])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert finished.returncode == 1
+    *_, line = finished.stderr.splitlines()
+    assert line.startswith("studies.run: error: ")
+    assert named in line
+    assert not list(tmp_path.rglob("*.safetensors"))
