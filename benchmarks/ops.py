@@ -22,7 +22,6 @@ what a copy or a matrix product reached in the same run.
 from __future__ import annotations
 
 import argparse
-import csv
 import importlib
 import subprocess
 import time
@@ -227,16 +226,11 @@ def rates(case: dict[str, Any], median: float, ceiling: dict[str, float]) -> dic
 
 
 def measure(arguments: argparse.Namespace, device: torch.device, path: Path) -> list[dict[str, Any]]:
-    """Measure all cases, writing the table after each, so that an interrupted run resumes (`--resume`)."""
+    """Measure all cases, writing the table after each."""
     ceiling = ceilings(device)
     print("ceilings:", ", ".join(f"{name} {value:.3g}" for name, value in ceiling.items()))
     environment = describe(device) | {name: f"{value:.4g}" for name, value in ceiling.items()}
     rows: list[dict[str, Any]] = []
-    if arguments.resume and path.exists():
-        with path.open(newline="") as file:
-            rows = [row for row in csv.DictReader(file) if row["device"] == environment["device"]]
-    key = ("operator", "batch", "channels", "places", "dtype", "modulation", "implementation")
-    done = {tuple(str(row[name]) for name in key) for row in rows}
     start = time.perf_counter()
     listed = cases(arguments.quick, device)
     rounds = [(case, implementations) for case in listed]
@@ -244,12 +238,10 @@ def measure(arguments: argparse.Namespace, device: torch.device, path: Path) -> 
         rounds += [(case, compiled_implementations) for case in listed]
     for case, calls in tqdm(rounds, desc="measure", unit="case"):
         if time.perf_counter() - start > arguments.limit:
-            tqdm.write(f"stopped after {arguments.limit} s; --resume goes on")
+            tqdm.write(f"stopped after {arguments.limit} s")
             break
         sr, gt = make_inputs(case, device)
         for name, call in calls(case, device).items():
-            if tuple(str(value) for value in (*case.values(), name)) in done:
-                continue
 
             def run(call: Call = call, sr: Tensor = sr, gt: Tensor = gt) -> None:
                 torch.autograd.grad(call(sr, gt), sr)
@@ -262,18 +254,9 @@ def measure(arguments: argparse.Namespace, device: torch.device, path: Path) -> 
                     raise
                 tqdm.write(f"skipped {name} of {case}: {type(error).__name__}: {str(error).splitlines()[0]}")
                 continue
-            rows.append(
-                case
-                | {
-                    "implementation": name,
-                    "median_ms": f"{median:.4f}",
-                    "p20_ms": f"{p20:.4f}",
-                    "p80_ms": f"{p80:.4f}",
-                    "peak_mib": f"{peak / MIB:.2f}",
-                }
-                | rates(case, median, ceiling)
-                | environment
-            )
+            times = {"median_ms": f"{median:.4f}", "p20_ms": f"{p20:.4f}", "p80_ms": f"{p80:.4f}"}
+            row = {**case, "implementation": name, **times, "peak_mib": f"{peak / MIB:.2f}"}
+            rows.append(row | rates(case, median, ceiling) | environment)
             write_table(path, rows)
     return rows
 
@@ -330,13 +313,9 @@ def memory(device: torch.device, path: Path, run_published: bool) -> None:
         torch.autograd.grad(fused_patch_nce(sr, gt, "hard", 1e-4), sr)
 
     def measured(name: str, run: Callable[[], object]) -> dict[str, str]:
-        start = time.perf_counter()
-        peak = peak_bytes(run, device) / MIB
-        return {
-            "implementation": name,
-            "peak_mib": f"{peak:.0f}",
-            "how": f"measured, {time.perf_counter() - start:.0f} s",
-        }
+        start, peak = time.perf_counter(), peak_bytes(run, device) / MIB
+        how = f"measured, {time.perf_counter() - start:.0f} s"
+        return {"implementation": name, "peak_mib": f"{peak:.0f}", "how": how}
 
     def published(sr: Tensor, gt: Tensor) -> None:
         torch.autograd.grad(published_patch_nce(sr, gt, "hard", 0.0), sr)
@@ -345,9 +324,8 @@ def memory(device: torch.device, path: Path, run_published: bool) -> None:
     if run_published:
         rows.append(measured("published", partial(published, sr, gt)))
     else:  # what it keeps is counted where it fits
-        matrices = peak_bytes(partial(published, *make_inputs({**case, "places": 1024}, device)), device) / (
-            1024**2 * 4
-        )
+        fits = partial(published, *make_inputs({**case, "places": 1024}, device))
+        matrices = peak_bytes(fits, device) / (1024**2 * 4)
         how = f"extrapolated: {matrices:.1f} N x N matrices, counted at N = 1024"
         rows.append({"implementation": "published", "peak_mib": f"{matrices * matrix:.0f}", "how": how})
     write_table(path, [row | describe(device) for row in rows])
@@ -365,7 +343,6 @@ def main() -> None:
     parser.add_argument("--sample", type=float, default=0.02, help="seconds of a sample (default %(default)s)")
     parser.add_argument("--budget", type=float, default=0.5, help="seconds of a measurement (default %(default)s)")
     parser.add_argument("--limit", type=float, default=1e9, help="start no case after this many seconds")
-    parser.add_argument("--resume", action="store_true", help="keep the rows that the table has")
     parser.add_argument("--crossover", action="store_true", help="stored against recomputed kernel matrix")
     parser.add_argument("--memory", action="store_true", help="peak memory of dense PatchNCE at 16 384 places")
     parser.add_argument("--published", action="store_true", help="with --memory: run the published one too (9 GB)")

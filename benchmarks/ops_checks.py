@@ -61,40 +61,21 @@ def checks(device: torch.device) -> list[tuple[str, str, Callable[[], str]]]:
         ("statistics with num_stages 1, 2, 3", "equal bit for bit", partial(statistics_stages, device)),
         ("PatchNCE with num_stages 1, 2, 3", "equal bit for bit", partial(patch_nce_stages, device)),
         ("PatchNCE at N <= one tile (loops of no trip)", "error below 2e-3", partial(zero_trips, device)),
-        (
-            "half iteration of Sinkhorn, 16 x 64 x 4096",
-            "0.11 ms (floor 0.07)",
-            partial(half_iteration, device, 16, 64, 4096),
-        ),
-        (
-            "half iteration of Sinkhorn, 16 x 256 x 4096",
-            "0.29 ms (floor 0.17)",
-            partial(half_iteration, device, 16, 256, 4096),
-        ),
         ("loss and gradient, plain, 16 x 64 x 4096", "0.18 ms (floor 0.09)", partial(plain, device, 16, 64, 4096)),
-        (
-            "dense PatchNCE 1 x 189 x 16384, memory over its inputs",
-            "at most 64 MiB",
-            partial(dense_memory, device, 189, 16384),
-        ),
-        (
-            "dense PatchNCE 1 x 64 x 65536, memory over its inputs",
-            "it runs at all",
-            partial(dense_memory, device, 64, 65536),
-        ),
     ]
+    for channels, predicted in ((64, "0.11 ms (floor 0.07)"), (256, "0.29 ms (floor 0.17)")):
+        check = partial(half_iteration, device, 16, channels, 4096)
+        listed.append((f"half iteration of Sinkhorn, 16 x {channels} x 4096", predicted, check))
+    for channels, places, predicted in ((189, 16384, "at most 64 MiB"), (64, 65536, "it runs at all")):
+        check = partial(dense_memory, device, channels, places)
+        listed.append((f"dense PatchNCE 1 x {channels} x {places}, memory over its inputs", predicted, check))
     for batch, channels, side, predicted in (
         (16, 64, 64, "14 / 16"),
         (8, 64, 256, "80 / 115"),
         (16, 256, 64, "60 / 75"),
     ):
-        listed.append(
-            (
-                f"statistics {batch} x {channels} x {side}^2, forward / backward",
-                f"{predicted} us",
-                partial(statistics_times, device, batch, channels, side),
-            )
-        )
+        check = partial(statistics_times, device, batch, channels, side)
+        listed.append((f"statistics {batch} x {channels} x {side}^2, forward / backward", f"{predicted} us", check))
     return listed
 
 

@@ -100,38 +100,26 @@ class Config:
         return next(track for track in self.tracks if track.name == name)
 
 
-def read(path: Path) -> Config:
+def read(path: Path, needs_tracks: bool = True) -> Config:
     """Read and check a configuration; raise ValueError naming what came and what was expected."""
     try:
         with path.open("rb") as file:
             content = tomllib.load(file)
         unknown = set(content) - {"protocol", "losses", "track"}
-        if unknown or not content.get("track"):
+        if unknown or (needs_tracks and not content.get("track")):
             raise ValueError(f"expected the tables losses and track, and protocol, got {sorted(content)}")
+        specs = content.get("losses", {}).items()
         config = Config(
             _section(Protocol, content.get("protocol", {}), "protocol"),
-            _losses(content),
-            tuple(_section(Track, track, "track") for track in content["track"]),
+            {name: _section(LossSpec, loss, f"losses.{name!r}") for name, loss in specs},
+            tuple(_section(Track, track, "track") for track in content.get("track", [])),
         )
-        _check(config)
-    except (ValueError, TypeError) as error:
+        _check_protocol(config.protocol)
+        _check_losses(config.losses)
+        _check_tracks(config)
+    except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: {error}") from error
     return config
-
-
-def read_losses(path: Path) -> dict[str, LossSpec]:
-    """The losses of a configuration, which may have no tracks."""
-    try:
-        with path.open("rb") as file:
-            found = _losses(tomllib.load(file))
-        _check_losses(found)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: {error}") from error
-    return found
-
-
-def _losses(content: Mapping[str, Any]) -> dict[str, LossSpec]:
-    return {name: _section(LossSpec, loss, f"losses.{name!r}") for name, loss in content.get("losses", {}).items()}
 
 
 def _section(kind: type, content: Any, where: str) -> Any:
@@ -161,14 +149,16 @@ def check_known(name: str, value: Any, known: Any) -> None:
         raise ValueError(f"unknown {name} {value!r}, known are {', '.join(known)}")
 
 
-def _check(config: Config) -> None:
+def _check_protocol(protocol: Protocol) -> None:
     for each in fields(Protocol):
         whole = each.type == "int"
         least = LEAST.get(each.name, 1 if whole else 1e-9)
-        _number(f"protocol.{each.name}", getattr(config.protocol, each.name), least, whole)
-    if config.protocol.crop % 8:
-        raise ValueError(f"protocol.crop must be a multiple of 8, got {config.protocol.crop}")
-    _check_losses(config.losses)
+        _number(f"protocol.{each.name}", getattr(protocol, each.name), least, whole)
+    if protocol.crop % 8:
+        raise ValueError(f"protocol.crop must be a multiple of 8, got {protocol.crop}")
+
+
+def _check_tracks(config: Config) -> None:
     names = [track.name for track in config.tracks]
     for track in config.tracks:
         where = f"track {track.name!r}"

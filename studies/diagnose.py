@@ -32,7 +32,7 @@ from benchmarks.machine import provenance
 from mghf_loss.mghf import COEFFICIENTS
 from mghf_loss.toy import downscale, photograph, upscale
 
-from . import config, losses, photographs, tables, tasks
+from . import command, config, losses, photographs, tables, tasks
 from .config import L1, LossSpec
 from .store import write_json
 
@@ -57,17 +57,8 @@ def compressed(image: Tensor, quality: float) -> Tensor:
     return tasks.jpeg(image, torch.full((len(image),), quality))
 
 
-def blocky(image: Tensor, amount: float) -> Tensor:
-    return image.lerp(F.interpolate(F.avg_pool2d(image, PERIOD), scale_factor=PERIOD), amount)
-
-
-def moved(image: Tensor, pixels: float) -> Tensor:
-    return torch.roll(image, int(pixels), dims=-1)
-
-
-def contrasted(image: Tensor, factor: float) -> Tensor:
-    mean = image.mean((1, 2, 3), keepdim=True)
-    return mean + factor * (image - mean)
+def blocks(image: Tensor) -> Tensor:
+    return F.interpolate(F.avg_pool2d(image, PERIOD), scale_factor=PERIOD)
 
 
 STATES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -81,10 +72,13 @@ RESPONSES: dict[str, tuple[Callable[[Tensor, float], Tensor], tuple[float, ...]]
     "noise": (noisy, (2, 5, 10, 25, 50, 100)),
     "blur": (blurred, (0.4, 0.7, 1, 1.5, 2, 3)),
     "JPEG": (compressed, (90, 70, 50, 30, 10, 5)),
-    "blockiness": (blocky, (0.1, 0.2, 0.4, 0.6, 0.8, 1)),
-    "shift": (moved, (1, 2, 3, 4, 6, 8)),
+    "blockiness": (lambda image, amount: image.lerp(blocks(image), amount), (0.1, 0.2, 0.4, 0.6, 0.8, 1)),
+    "shift": (lambda image, pixels: image.roll(int(pixels), -1), (1, 2, 3, 4, 6, 8)),
     "brightness": (torch.add, (0.02, 0.05, 0.1, 0.2, 0.3, 0.4)),
-    "contrast": (contrasted, (0.95, 0.9, 0.8, 0.6, 0.4, 0.2)),
+    "contrast": (
+        lambda image, factor: image.mean((1, 2, 3), keepdim=True).lerp(image, factor),
+        (0.95, 0.9, 0.8, 0.6, 0.4, 0.2),
+    ),
 }
 
 
@@ -176,40 +170,25 @@ def diagnose(spec: LossSpec, gt: Tensor, device: str, steps: int = STEPS) -> dic
 def report(found: Mapping[str, Mapping[str, Any]], terms: Mapping[str, Mapping[str, float]], gt: Tensor) -> str:
     """The tables, as Markdown."""
     text = []
-    start = {name: psnr(degrade(gt), gt) for name, degrade in STATES.items()}
-    rows = [{"loss": "(start)", **{name: f"{each:.1f}" for name, each in start.items()}}]
-    for kind, title, form in (
-        ("recovery", f"Recovery: PSNR in dB after {STEPS} steps on the pixels", ".1f"),
-        ("direction", "Direction: cosine of descent with gt - sr", ".2f"),
-        ("gradient", "Gradient: norm over that of L1, factor 1", ".3g"),
-    ):
-        shown = {**{name: figures[kind] for name, figures in found.items()}, **(terms if kind == "gradient" else {})}
-        table = [
-            {"loss": name, **{state: format(each, form) for state, each in figures.items()}}
-            for name, figures in shown.items()
-        ]
-        text.append(f"## {title}\n\n" + tables.markdown((rows if kind == "recovery" else []) + table))
-    table = [
-        {"loss": name, **{kind: describe_response(values) for kind, values in figures["response"].items()}}
-        for name, figures in found.items()
-    ]
-    kinds = list(RESPONSES)
-    for part in (kinds[:4], kinds[4:]):
-        text.append(
-            f"## Response to {', '.join(part)}\n\n"
-            + tables.markdown([{key: row[key] for key in ("loss", *part)} for row in table])
-        )
-    table = []
-    for name, figures in found.items():
-        values = torch.tensor(figures["phases"])
-        table.append(
-            {
-                "loss": name,
-                "largest / least": f"{(values.max() / values.min()).item():.3f}",
-                "std / mean": f"{(values.std() / values.mean()).item():.3f}",
-            }
-        )
-    text.append("## Phase of the grid, bicubic x4\n\n" + tables.markdown(table))
+
+    def add(title: str, cells: Mapping[str, Mapping[str, Any]], form: str = "") -> None:
+        rows = [{"loss": name, **{key: format(cell, form) for key, cell in row.items()}} for name, row in cells.items()]
+        text.append(f"## {title}\n\n" + tables.markdown(rows))
+
+    start = {"(start)": {name: psnr(degrade(gt), gt) for name, degrade in STATES.items()}}
+    of = {kind: {name: figures[kind] for name, figures in found.items()} for kind in next(iter(found.values()))}
+    add(f"Recovery: PSNR in dB after {STEPS} steps on the pixels", {**start, **of["recovery"]}, ".1f")
+    add("Direction: cosine of descent with gt - sr", of["direction"], ".2f")
+    add("Gradient: norm over that of L1, factor 1", {**of["gradient"], **terms}, ".3g")
+    for kinds in (list(RESPONSES)[:4], list(RESPONSES)[4:]):
+        responses = of["response"].items()
+        add("Response", {name: {kind: describe_response(each[kind]) for kind in kinds} for name, each in responses})
+    phase = {name: torch.tensor(values) for name, values in of["phases"].items()}
+    spread = {
+        name: {"largest / least": (each.max() / each.min()).item(), "std / mean": (each.std() / each.mean()).item()}
+        for name, each in phase.items()
+    }
+    add("Phase of the grid, bicubic x4", spread, ".3f")
     return "\n\n".join(text) + "\n"
 
 
@@ -223,23 +202,10 @@ def images(folder: Path | None, device: str) -> Tensor:
     return photographs.unit_range(torch.stack([photographs.middle(image, SIDE) for image in pixels]), device)
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--config", type=Path, default=HERE / "diagnose.toml", help="table of losses (default %(default)s)"
-    )
-    parser.add_argument("--losses", nargs="+", metavar="NAME", help="names of losses (default all)")
-    parser.add_argument("--images", type=Path, help="folder of photographs (default four of scikit-image)")
-    parser.add_argument("--out", type=Path, default=HERE / "results", help="folder (default %(default)s)")
-    parser.add_argument("--device", default="cpu", help="torch device (default %(default)s)")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default %(default)s)")
-    return parser.parse_args()
-
-
-def run(arguments: argparse.Namespace) -> None:
+def work(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(arguments.threads)
     gt = images(arguments.images, arguments.device)
-    known = {L1: LossSpec("l1"), **config.read_losses(arguments.config)}
+    known = {L1: LossSpec("l1"), **config.read(arguments.config, needs_tracks=False).losses}
     for name in arguments.losses or ():
         config.check_known("loss", name, known)
     specs = {name: known[name] for name in arguments.losses or known}
@@ -255,20 +221,21 @@ def run(arguments: argparse.Namespace) -> None:
     for name, spec in tqdm(term_specs({name: specs[name] for name in found}).items(), desc="terms", unit="term"):
         loss = losses.build(spec.type, spec.options, arguments.device)
         terms[name] = {state: losses.gradient_ratio(loss, sr, gt) for state, sr in states.items()}
-    text = report(found, terms, gt)
-    write_json(
-        arguments.out / "diagnose.json",
-        {**provenance(arguments.device), "losses": found, "terms": terms},
-    )
-    print(text)
-    print(f"wrote {arguments.out / 'diagnose.json'}")
+    if not found:
+        raise ValueError("no loss could be built: see what was skipped")
+    path = arguments.out / "diagnose.json"
+    write_json(path, {**provenance(arguments.device), "losses": found, "terms": terms})
+    print(report(found, terms, gt))
+    print(f"wrote {path}")
 
 
 def main() -> None:
-    try:
-        run(parse_arguments())
-    except (ValueError, OSError, RuntimeError) as error:
-        raise SystemExit(f"studies.diagnose: error: {' '.join(str(error).split())}") from error
+    parser = command.parser("studies.diagnose", __doc__)
+    parser.add_argument("--config", type=Path, default=HERE / "diagnose.toml", help="file with a table of losses")
+    parser.add_argument("--losses", nargs="+", metavar="NAME", help="names of losses (default all)")
+    parser.add_argument("--images", type=Path, help="folder of photographs (default four of scikit-image)")
+    parser.add_argument("--out", type=Path, default=HERE / "results", help="folder (default %(default)s)")
+    command.run(parser, work)
 
 
 if __name__ == "__main__":

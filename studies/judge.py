@@ -14,7 +14,7 @@ from benchmarks.machine import provenance
 from mghf_loss._files import read_image, write_table
 from mghf_loss.training.data import list_images
 
-from . import photographs, tables
+from . import command, photographs, tables
 from .metrics import Judge, mean
 
 
@@ -28,34 +28,31 @@ def by_name(folder: Path) -> dict[str, Path]:
     return dict(zip(names, paths, strict=True))
 
 
-def judge_folders(sr_folder: Path, gt_folder: Path) -> dict[str, float]:
+def judge_folders(sr_folder: Path, gt_folder: Path, device: str = "cpu") -> dict[str, float]:
     """Every metric that can be had, over all pairs."""
     srs, gts = by_name(sr_folder), by_name(gt_folder)
     if set(gts) != set(srs):
         only_one = sorted(set(gts) ^ set(srs))
         raise ValueError(f"{sr_folder} and {gt_folder} must hold images of the same names, only one has {only_one[:5]}")
     photographs.check(gt_folder, photographs.LEAST_SIDE)
-    judge = Judge([read_image(path) for path in gts.values()])
-    return {name: mean(values) for name, values in judge([read_image(srs[name]) for name in gts]).items()}
+    judge = Judge([read_image(path).to(device) for path in gts.values()])
+    return {name: mean(values) for name, values in judge([read_image(srs[name]).to(device) for name in gts]).items()}
+
+
+def work(arguments: argparse.Namespace) -> None:
+    torch.set_num_threads(arguments.threads)
+    scores = judge_folders(arguments.sr, arguments.gt, arguments.device)
+    if arguments.csv is not None:
+        write_table(arguments.csv, [{"sr": arguments.sr, **scores, **provenance(arguments.device)}])
+    print(tables.markdown([{"metric": tables.heading(name), "value": f"{each:.4g}"} for name, each in scores.items()]))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command.parser("studies.judge", __doc__)
     parser.add_argument("sr", type=Path, help="folder of super-resolved images")
     parser.add_argument("gt", type=Path, help="folder of originals with the same names")
     parser.add_argument("--csv", type=Path, help="file for the row")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default %(default)s)")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    try:
-        scores = judge_folders(arguments.sr, arguments.gt)
-        if arguments.csv is not None:
-            write_table(arguments.csv, [{"sr": arguments.sr, **scores, **provenance("cpu")}])
-    except (ValueError, OSError, RuntimeError) as error:
-        raise SystemExit(f"studies.judge: error: {' '.join(str(error).split())}") from error
-    print(
-        tables.markdown([{"metric": tables.heading(name), "value": f"{value:.4g}"} for name, value in scores.items()])
-    )
+    command.run(parser, work)
 
 
 if __name__ == "__main__":

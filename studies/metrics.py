@@ -21,6 +21,7 @@ import socket
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -99,7 +100,7 @@ class Judge:
         for name in self.names:
             try:
                 results[name] = MEASURES[name](self, seen)
-            except UnavailableError as error:
+            except ImportError as error:
                 _left_out(name, str(error))
         return results
 
@@ -119,10 +120,6 @@ def badness(metric: str, value: float) -> float:
     return {"higher": -value, "lower": value, "one": abs(value - 1)}[METRICS[metric]]
 
 
-class UnavailableError(RuntimeError):
-    """A package, or the weights that it needs, cannot be had."""
-
-
 def as_seen(image: Tensor) -> Tensor:
     """Clamp to [0, 1], round to 8 bits, cut the border."""
     image = (image.float().clamp(0, 1) * 255).round() / 255
@@ -132,15 +129,6 @@ def as_seen(image: Tensor) -> Tensor:
 @functools.cache  # once in a process, not once a call
 def _left_out(name: str, reason: str) -> None:
     print(f"left out {name}: {reason}", flush=True)
-
-
-def _imported(name: str) -> Any:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of old imports
-            return __import__(name, fromlist=["_"])
-    except ImportError as error:
-        raise UnavailableError(str(error)) from error
 
 
 def per_pair(measure: Callable[[Tensor, Tensor], Any]) -> Callable[[Judge, list[Tensor]], Values]:
@@ -155,7 +143,7 @@ def per_pair(measure: Callable[[Tensor, Tensor], Any]) -> Callable[[Judge, list[
 
 def by_piq(name: str) -> Callable[[Judge, list[Tensor]], Values]:
     """A function of piq, https://github.com/photosynthesis-team/piq."""
-    return per_pair(lambda sr, gt: getattr(_imported("piq"), name)(sr, gt, data_range=1.0))
+    return per_pair(lambda sr, gt: getattr(import_module("piq"), name)(sr, gt, data_range=1.0))
 
 
 def by_peer(name: str) -> Callable[[Judge, list[Tensor]], Values]:
@@ -164,7 +152,7 @@ def by_peer(name: str) -> Callable[[Judge, list[Tensor]], Values]:
     def measure(sr: Tensor, gt: Tensor) -> Tensor:
         module = _peer(name, str(sr.device))
         if isinstance(module, Exception):
-            raise UnavailableError(" ".join(f"{type(module).__name__}: {module}".split())[:200])
+            raise ImportError(" ".join(f"{type(module).__name__}: {module}".split())[:200])
         return PEERS[name].call(module, sr, gt)
 
     return per_pair(measure)
@@ -184,7 +172,7 @@ def _peer(name: str, device: str) -> nn.Module | Exception:
 
 @functools.cache
 def _colour_video_vdp(device: str) -> Any:
-    return _imported("pycvvdp").cvvdp(display_name=DISPLAY, device=torch.device(device))
+    return import_module("pycvvdp").cvvdp(display_name=DISPLAY, device=torch.device(device))
 
 
 def jod(sr: Tensor, gt: Tensor) -> float:
@@ -219,10 +207,12 @@ def niqe(image: Tensor) -> float | None:
 
 @functools.cache
 def _basicsr_niqe() -> Callable[..., float]:
-    # BasicSR 1.4.2 imports a module by the name that it had before torchvision 0.17.
-    tensors = _imported("torchvision.transforms._functional_tensor")
-    sys.modules.setdefault("torchvision.transforms.functional_tensor", tensors)
-    return _imported("basicsr.metrics.niqe").calculate_niqe
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of its old imports
+        # BasicSR 1.4.2 imports a module by the name that it had before torchvision 0.17.
+        tensors = import_module("torchvision.transforms._functional_tensor")
+        sys.modules.setdefault("torchvision.transforms.functional_tensor", tensors)
+        return import_module("basicsr.metrics.niqe").calculate_niqe
 
 
 def radial_spectrum(image: Tensor) -> Tensor:
@@ -298,7 +288,7 @@ def kid(sr_features: Tensor, gt_features: Tensor) -> float:
 
 def patch_kid(number: int, judge: Judge, srs: list[Tensor]) -> Values:
     """`kid` of the patches of all images in EfficientNet-Lite0 or -Lite2."""
-    of = _deep(functools.partial(efficientnet.patch_features, number=number))
+    of = functools.partial(efficientnet.patch_features, number=number)
     return kid(of(srs), judge.features(f"patches {number}", of))
 
 
@@ -310,7 +300,6 @@ def feature_distance(judge: Judge, srs: list[Tensor]) -> Values:
     Reference: Zhang et al., CVPR 2018 (LPIPS).
     """
 
-    @_deep
     def directions(images: list[Tensor]) -> list[list[Tensor]]:
         return [[F.normalize(level, dim=1) for level in efficientnet.maps(image)] for image in images]
 
@@ -319,16 +308,6 @@ def feature_distance(judge: Judge, srs: list[Tensor]) -> Values:
         return torch.stack(levels).mean().item()
 
     return [distance(*pair) for pair in zip(directions(srs), judge.features("maps", directions), strict=True)]
-
-
-def _deep(measure: Callable[[list[Tensor]], Any]) -> Callable[[list[Tensor]], Any]:
-    def measure_or_say_why(images: list[Tensor]) -> Any:
-        try:
-            return measure(images)
-        except ImportError as error:
-            raise UnavailableError(str(error)) from error
-
-    return measure_or_say_why
 
 
 MEASURES: dict[str, Callable[[Judge, list[Tensor]], Values]] = {

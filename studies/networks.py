@@ -29,7 +29,7 @@ from mghf_loss.toy import downscale, upscale
 from mghf_loss.training.evaluation import network_bits
 from mghf_loss.training.loop import TrainConfig, train_inn
 
-from . import losses, photographs
+from . import command, losses, photographs
 from .store import slug
 
 BASE = INNConfig(noise_floor=12.0)
@@ -83,7 +83,7 @@ def write_config(path: Path, coefficients: Mapping[str, tuple[str, Mapping[str, 
     write_atomically(path, lambda temporary: temporary.write_text("\n".join(lines) + "\n", "utf-8"))
 
 
-def run(arguments: argparse.Namespace) -> None:
+def work(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(arguments.threads)
     for folder in (arguments.train, arguments.tune):
         photographs.check(folder, CROP)
@@ -110,20 +110,13 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command.parser("studies.networks", __doc__)
     parser.add_argument("--train", type=Path, required=True, help="folder of photographs to train on")
     parser.add_argument("--tune", type=Path, required=True, help="folder of photographs for the code length")
     parser.add_argument("--out", type=Path, required=True, help="folder for networks and the configuration")
-    parser.add_argument("--steps", type=int, default=3000, help="of each network (default %(default)s)")
-    parser.add_argument(
-        "--only", nargs="+", choices=CANDIDATES, default=list(CANDIDATES), help="candidates (default all)"
-    )
-    parser.add_argument("--device", default="cpu", help="torch device (default %(default)s)")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default %(default)s)")
-    try:
-        run(parser.parse_args())
-    except (ValueError, OSError, RuntimeError) as error:
-        raise SystemExit(f"studies.networks: error: {' '.join(str(error).split())}") from error
+    parser.add_argument("--steps", type=int, default=3000, help="steps of each network (default %(default)s)")
+    parser.add_argument("--only", nargs="+", choices=CANDIDATES, default=list(CANDIDATES), help="names of candidates")
+    command.run(parser, work)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from mghf_loss._files import write_atomically
 from . import losses, models, photographs
 from .config import L1, Config, Track
 from .metrics import METRICS, Judge, Values, mean
-from .store import Store, read_json
+from .store import open_folder, read_json, result_path
 from .tasks import degrade
 from .training import DivergenceError, Objective, restore, train
 
@@ -125,7 +125,7 @@ class Study:
 
     def __init__(self, config: Config, folders: Folders, out: Path, device: str = "cpu", judged: bool = True) -> None:
         self.config, self.folders, self.device, self.judged = config, folders, device, judged
-        self.store = Store(out, device)
+        self.out = out
         self._read: dict[Path, dict[str, Any]] = {}  # a result never changes
 
     def open(self) -> None:
@@ -135,7 +135,7 @@ class Study:
         for folder in (self.folders.tune, self.folders.judge):
             photographs.check(folder, photographs.LEAST_SIDE)
         data = {name: photographs.digest(folder) for name, folder in asdict(self.folders).items()}
-        self.store.open({**data, **asdict(self.config.protocol)})
+        open_folder(self.out, {**data, **asdict(self.config.protocol)})
 
     @cached_property
     def skipped(self) -> dict[str, str]:
@@ -171,7 +171,7 @@ class Study:
 
     def path(self, kind: str, run: Run) -> Path:
         """Where a run's figures are: "bases", "calibrations", "runs" or "judged"."""
-        return self.store.path(kind, run.name, self.identity(run))
+        return result_path(self.out / kind, run.name, self.identity(run))
 
     def figures(self, kind: str, run: Run) -> dict[str, Values]:
         """The stored values of a run; none where it is not finished or diverged."""

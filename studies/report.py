@@ -20,7 +20,7 @@ from torch import Tensor
 from mghf_loss._files import write_atomically
 from mghf_loss.toy import downscale, upscale
 
-from . import config, losses, photographs, tables
+from . import command, config, losses, photographs, tables
 from .config import L1, Track
 from .metrics import METRICS
 from .protocol import DROPS, Folders, Run, Study
@@ -295,7 +295,7 @@ def rounded(values: Any) -> Any:
 
 def write_report(study: Study, crops: Sequence[str]) -> Path:
     """Write report, rows and figures; return the report's path."""
-    out = study.store.folder
+    out = study.out
     finished = list(rows(study))
     if not finished:
         raise ValueError(f"no finished run below {out}")
@@ -319,26 +319,26 @@ def write_report(study: Study, crops: Sequence[str]) -> Path:
     return out / "report.md"
 
 
+def work(arguments: argparse.Namespace) -> None:
+    judge = arguments.judge or Path()
+    study = Study(config.read(arguments.config), Folders(judge, judge, judge), arguments.out, arguments.device)
+    if arguments.crops:
+        photographs.check(judge, photographs.LEAST_SIDE)
+        for name in arguments.crops:
+            config.check_known("loss", name, study.config.losses)
+    torch.set_num_threads(arguments.threads)
+    path = write_report(study, arguments.crops)
+    print(path.read_text("utf-8"))
+    print(f"wrote {path}, rows.jsonl and figures beside it")
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command.parser("studies.report", __doc__)
     parser.add_argument("--config", type=Path, required=True, help="configuration of the study")
     parser.add_argument("--out", type=Path, required=True, help="folder of its results")
     parser.add_argument("--crops", nargs="+", default=[], metavar="LOSS", help="losses of the crops, with --judge")
     parser.add_argument("--judge", type=Path, help="folder of photographs that judge, for the crops")
-    arguments = parser.parse_args()
-    try:
-        torch.set_num_threads(1)
-        judge = arguments.judge or Path()
-        study = Study(config.read(arguments.config), Folders(judge, judge, judge), arguments.out)
-        if arguments.crops:
-            photographs.check(judge, photographs.LEAST_SIDE)
-            for name in arguments.crops:
-                config.check_known("loss", name, study.config.losses)
-        path = write_report(study, arguments.crops)
-    except (ValueError, OSError, RuntimeError) as error:
-        raise SystemExit(f"studies.report: error: {' '.join(str(error).split())}") from error
-    print(path.read_text("utf-8"))
-    print(f"wrote {path}, rows.jsonl and figures beside it")
+    command.run(parser, work)
 
 
 if __name__ == "__main__":

@@ -11,14 +11,17 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from . import config
+from benchmarks.machine import provenance
+
+from . import command, config
 from .protocol import Folders, Study
-from .store import claim
+from .store import claim, write_json
 
 
 def run(study: Study) -> None:
@@ -30,7 +33,7 @@ def run(study: Study) -> None:
             with claim(job.path) as mine:
                 if mine:
                     start = time.perf_counter()
-                    study.store.write(job.path, job.work())
+                    write_json(job.path, {**job.work(), **provenance(study.device)})
                     seconds = time.perf_counter() - start
                     tqdm.write(f"{job.name}: {seconds:.0f} s; {len(jobs) - 1} or more to go", sys.stderr)
                     break
@@ -38,32 +41,24 @@ def run(study: Study) -> None:
             time.sleep(1)  # all are in progress elsewhere
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def work(arguments: argparse.Namespace) -> None:
+    torch.set_num_threads(arguments.threads)
+    warnings.filterwarnings("ignore", module="torchvision")  # of the peers' old calls
+    folders = Folders(arguments.train, arguments.tune, arguments.judge)
+    study = Study(config.read(arguments.config), folders, arguments.out, arguments.device, not arguments.no_judge)
+    study.open()
+    run(study)
+
+
+def main() -> None:
+    parser = command.parser("studies.run", __doc__)
     parser.add_argument("--config", type=Path, required=True, help="what to train, see studies/README.md")
     parser.add_argument("--train", type=Path, required=True, help="folder of photographs to train on")
     parser.add_argument("--tune", type=Path, required=True, help="folder of photographs that choose the factors")
     parser.add_argument("--judge", type=Path, required=True, help="folder of photographs that judge")
     parser.add_argument("--out", type=Path, required=True, help="folder for models and results")
-    parser.add_argument("--device", default="cpu", help="torch device (default %(default)s)")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default %(default)s)")
     parser.add_argument("--no-judge", action="store_true", help="leave the photographs that judge alone")
-    return parser.parse_args()
-
-
-def main() -> None:
-    arguments = parse_arguments()
-    torch.set_num_threads(arguments.threads)
-    folders = Folders(arguments.train, arguments.tune, arguments.judge)
-    try:
-        study = Study(config.read(arguments.config), folders, arguments.out, arguments.device, not arguments.no_judge)
-        study.open()
-        run(study)
-    except (ValueError, OSError, RuntimeError) as error:
-        raise SystemExit(f"studies.run: error: {' '.join(str(error).split())}") from error
-    except KeyboardInterrupt:
-        print("\nstudies.run: interrupted; the same command goes on", file=sys.stderr)
-        raise SystemExit(130) from None
+    command.run(parser, work)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import provenance
 from mghf_loss._files import write_atomically
 
 
@@ -19,32 +18,21 @@ def slug(name: str) -> str:
     return "".join(letter if letter.isalnum() or letter in ".-" else "-" for letter in name)
 
 
-class Store:
-    """The results of one protocol below a folder."""
+def open_folder(folder: Path, protocol: dict[str, Any]) -> None:
+    """Begin, or go on; raise where the folder holds results of another protocol."""
+    path = folder / "protocol.json"
+    if not path.exists():
+        write_json(path, protocol)
+    stored, now = read_json(path), json.loads(json.dumps(protocol))
+    changed = sorted(key for key in {*now, *stored} if stored.get(key) != now.get(key))
+    if changed:
+        raise ValueError(f"{folder} holds results of another protocol (other {', '.join(changed)})")
 
-    def __init__(self, folder: Path, device: str = "cpu") -> None:
-        self.folder = folder
-        self.device = device
 
-    def open(self, protocol: dict[str, Any]) -> None:
-        """Begin, or go on; raise where the folder holds results of another protocol."""
-        path = self.folder / "protocol.json"
-        if path.exists():
-            stored, now = read_json(path), json.loads(json.dumps(protocol))
-            changed = sorted(key for key in {*now, *stored} if stored.get(key) != now.get(key))
-            if changed:
-                raise ValueError(f"{self.folder} holds results of another protocol (other {', '.join(changed)})")
-        else:
-            write_json(path, protocol)
-
-    def path(self, kind: str, name: str, identity: dict[str, Any]) -> Path:
-        """Where a result of this identity is, or will be."""
-        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
-        return self.folder / kind / f"{slug(name)}-{digest}.json"
-
-    def write(self, path: Path, content: dict[str, Any]) -> None:
-        """Store a result with device, versions, commit and date."""
-        write_json(path, {**content, **provenance(self.device)})
+def result_path(folder: Path, name: str, identity: dict[str, Any]) -> Path:
+    """Where a result of this identity is, or will be."""
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+    return folder / f"{slug(name)}-{digest}.json"
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -19,6 +19,7 @@ REPOSITORY = Path(__file__).parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
 from studies import config, protocol, report, run  # noqa: E402
+from studies.store import write_json  # noqa: E402
 
 pytestmark = pytest.mark.bench
 CONFIG = """
@@ -117,7 +118,7 @@ def test_a_diverged_run_is_a_result(study, monkeypatch):
     x4 = study.config.track("x4")
     for kind, each in (("bases", protocol.Run(x4.model, x4.task, 0)), ("runs", protocol.Run(x4.model, x4.task, 0))):
         job = study._next(kind, each)
-        study.store.write(job.path, job.work())
+        write_json(job.path, job.work())
     monkeypatch.setattr(study, "fine_tune", diverge)
     found = study.make_run(protocol.Run(x4.model, x4.task, 0, "fixed", 1.0))
     assert found["failure"] == "the gradient was not finite in step 3"
@@ -156,6 +157,6 @@ def test_bad_input_is_named_in_one_line_before_anything_is_trained(spoil, folder
     )
     assert finished.returncode == 1
     *_, line = finished.stderr.splitlines()
-    assert line.startswith("studies.run: error: ")
+    assert line.startswith("python -m studies.run: error: ")
     assert named in line
     assert not list(tmp_path.rglob("*.safetensors"))
