@@ -7,6 +7,7 @@ bicubic enlargement, or the input itself.
 from __future__ import annotations
 
 import itertools
+import warnings
 from typing import Any
 
 import torch
@@ -85,17 +86,19 @@ class SwinIRResidual(nn.Module):
 
         self.enlarges = is_sr(task)
         options: dict[str, Any] = {"upscale": SCALE, "upsampler": "pixelshuffledirect"} if self.enlarges else {}
-        self.network = SwinIR(
-            img_size=24,
-            window_size=8,
-            in_chans=3 if self.enlarges else 3 * SCALE**2,
-            embed_dim=32,
-            depths=[2, 2],
-            num_heads=[2, 2],
-            mlp_ratio=2,
-            drop_path_rate=0.0,
-            **options,
-        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.meshgrid")
+            self.network = SwinIR(
+                img_size=24,
+                window_size=8,
+                in_chans=3 if self.enlarges else 3 * SCALE**2,
+                embed_dim=32,
+                depths=[2, 2],
+                num_heads=[2, 2],
+                mlp_ratio=2,
+                drop_path_rate=0.0,
+                **options,
+            )
         last = self.network.upsample[0] if self.enlarges else self.network.conv_last
         for parameter in last.parameters():
             nn.init.zeros_(parameter)
