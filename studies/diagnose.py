@@ -137,8 +137,8 @@ def phases(loss: losses.Loss, sr: Tensor, gt: Tensor) -> list[list[float]]:
     draws = DRAWS if abs(first - second) > RANDOM * abs(first) else 1
 
     def at(*shift: int) -> float:
-        pair = [image.roll(shift, (-2, -1)) for image in (sr, gt)]
-        return sum(value(loss, *pair, seed).item() for seed in range(draws)) / draws
+        sr_there, gt_there = (image.roll(shift, (-2, -1)) for image in (sr, gt))
+        return sum(value(loss, sr_there, gt_there, seed).item() for seed in range(draws)) / draws
 
     return [[at(top, left) for left in range(PERIOD)] for top in range(PERIOD)]
 

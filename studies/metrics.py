@@ -5,7 +5,7 @@
     mean(judge(srs)["psnr"]) -> 27.9
 
 A value is a list with one figure a photograph, a list of [numerator, denominator] whose sums are divided (so that one
-flat photograph cannot own the mean), or one figure of all photographs together. METRICS says which direction is better.
+flat photograph cannot own the mean), or one figure of all photographs together. `METRICS` says which is better.
 
 Distortion measures compare each SR image with its GT, perception measures compare distributions: no method can be
 best in both (Blau and Michaeli, CVPR 2018, arXiv 1711.06077), so the figures belong side by side. Every judge sees
@@ -22,7 +22,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -34,26 +34,6 @@ from mghf_loss import MGHFnLoss
 from . import efficientnet
 from .photographs import LEAST_SIDE
 
-# Better is more, less, or nearer to 1. Distortion first, then perception.
-METRICS: dict[str, Literal["higher", "lower", "one"]] = {
-    "psnr": "higher",
-    "ssim": "higher",
-    "ms_ssim": "higher",
-    "gmsd": "lower",
-    "mdsi": "lower",
-    "haarpsi": "higher",
-    "vif": "higher",
-    "jod": "higher",
-    "feature_distance": "lower",
-    "lpips": "lower",
-    "dists": "lower",
-    "niqe": "lower",
-    "kid": "lower",
-    "kid_lite2": "lower",
-    "spectrum_error": "lower",
-    "detail_energy": "one",
-    "grid_lock": "lower",
-}
 Values: TypeAlias = "float | list[float | None] | list[list[float]]"
 
 BORDER = 4
@@ -73,11 +53,11 @@ class Judge:
         ValueError: naming the pair that does not fit and why.
     """
 
-    def __init__(self, gts: Sequence[Tensor], names: Sequence[str] = tuple(METRICS)) -> None:
+    def __init__(self, gts: Sequence[Tensor], names: Sequence[str] | None = None) -> None:
         for index, gt in enumerate(gts):
             if gt.ndim != 4 or gt.shape[:2] != (1, 3) or min(gt.shape[2:]) < LEAST_SIDE:
                 raise ValueError(f"gt {index}: expected (1, 3, H, W) with H, W >= {LEAST_SIDE}, got {tuple(gt.shape)}")
-        self.names = names
+        self.names = tuple(METRICS) if names is None else names
         self.gts = [as_seen(gt) for gt in gts]
         self.known: dict[str, Any] = {}
 
@@ -90,8 +70,6 @@ class Judge:
     @torch.no_grad()
     def __call__(self, srs: Sequence[Tensor]) -> dict[str, Values]:
         """All metrics of the super-resolved images, in the order of the ground truths; values outside are clamped."""
-        if len(srs) != len(self.gts):
-            raise ValueError(f"expected {len(self.gts)} images, got {len(srs)}")
         for index, (sr, gt) in enumerate(zip(srs, self.gts, strict=True)):
             wanted = (1, 3, *(side + 2 * BORDER for side in gt.shape[2:]))
             if sr.shape != wanted or not sr.isfinite().all():
@@ -99,7 +77,7 @@ class Judge:
         seen, results = [as_seen(sr) for sr in srs], {}
         for name in self.names:
             try:
-                results[name] = MEASURES[name](self, seen)
+                results[name] = METRICS[name].measure(self, seen)
             except ImportError as error:
                 _left_out(name, str(error))
         return results
@@ -117,7 +95,7 @@ def mean(values: Values) -> float:
 
 def badness(metric: str, value: float) -> float:
     """Less is better, whatever the metric."""
-    return {"higher": -value, "lower": value, "one": abs(value - 1)}[METRICS[metric]]
+    return {"higher": -value, "lower": value, "one": abs(value - 1)}[METRICS[metric].better]
 
 
 def as_seen(image: Tensor) -> Tensor:
@@ -310,22 +288,30 @@ def feature_distance(judge: Judge, srs: list[Tensor]) -> Values:
     return [distance(*pair) for pair in zip(directions(srs), judge.features("maps", directions), strict=True)]
 
 
-MEASURES: dict[str, Callable[[Judge, list[Tensor]], Values]] = {
-    "psnr": by_piq("psnr"),
-    "ssim": by_piq("ssim"),
-    "ms_ssim": by_piq("multi_scale_ssim"),
-    "gmsd": by_piq("gmsd"),
-    "mdsi": by_piq("mdsi"),
-    "haarpsi": by_piq("haarpsi"),
-    "vif": by_piq("vif_p"),
-    "jod": per_pair(jod),
-    "feature_distance": feature_distance,
-    "lpips": by_peer("lpips"),
-    "dists": by_peer("dists"),
-    "niqe": lambda judge, srs: [niqe(sr) for sr in srs],
-    "kid": functools.partial(patch_kid, 0),
-    "kid_lite2": functools.partial(patch_kid, 2),
-    "spectrum_error": per_pair(spectrum_error),
-    "detail_energy": per_pair(detail_energy),
-    "grid_lock": per_pair(grid_lock),
+class Metric(NamedTuple):
+    """A measure, and whether more is better, less, or nearer to 1."""
+
+    better: Literal["higher", "lower", "one"]
+    measure: Callable[[Judge, list[Tensor]], Values]
+
+
+# Distortion first, then perception.
+METRICS = {
+    "psnr": Metric("higher", by_piq("psnr")),
+    "ssim": Metric("higher", by_piq("ssim")),
+    "ms_ssim": Metric("higher", by_piq("multi_scale_ssim")),
+    "gmsd": Metric("lower", by_piq("gmsd")),
+    "mdsi": Metric("lower", by_piq("mdsi")),
+    "haarpsi": Metric("higher", by_piq("haarpsi")),
+    "vif": Metric("higher", by_piq("vif_p")),
+    "jod": Metric("higher", per_pair(jod)),
+    "feature_distance": Metric("lower", feature_distance),
+    "lpips": Metric("lower", by_peer("lpips")),
+    "dists": Metric("lower", by_peer("dists")),
+    "niqe": Metric("lower", lambda judge, srs: [niqe(sr) for sr in srs]),
+    "kid": Metric("lower", functools.partial(patch_kid, 0)),
+    "kid_lite2": Metric("lower", functools.partial(patch_kid, 2)),
+    "spectrum_error": Metric("lower", per_pair(spectrum_error)),
+    "detail_energy": Metric("one", per_pair(detail_energy)),
+    "grid_lock": Metric("lower", per_pair(grid_lock)),
 }

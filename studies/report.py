@@ -23,7 +23,7 @@ from mghf_loss.toy import downscale, upscale
 from . import command, config, losses, photographs, tables
 from .config import L1, Track
 from .metrics import METRICS
-from .protocol import DROPS, Folders, Run, Study
+from .protocol import DROPS, SCORE, Folders, Run, Study
 from .store import read_json, slug
 from .training import restore
 
@@ -34,7 +34,6 @@ GROUPS = (
     ("niqe", "kid", "kid_lite2", "spectrum_error", "detail_energy"),
     ("lpips", "dists"),
 )
-COMPARED = ("jod", "niqe", "kid_lite2", "spectrum_error")
 POOLED = ("kid", "kid_lite2")
 CROP, CROPS = 96, 3
 CROP_DROP = 0.1
@@ -124,7 +123,7 @@ def equal_psnr_tables(study: Study, track: Track, l1: Entry) -> Iterator[str]:
         for loss, points in lines(study, track, whole=True).items():
             curve = [(p.ratio, drop(p, l1), p.values) for p in (l1, *points)]
             if loss != L1 and (found := tables.at_drop(curve, target)) is not None:
-                cells = changes(study, loss, found[1], l1.values, COMPARED)
+                cells = changes(study, loss, found[1], l1.values, SCORE)
                 rows.append({"loss": loss, "ratio": f"{found[0]:.3g}", **cells})
         if rows:
             yield f"### At -{target:g} dB\n\n" + tables.markdown(rows)
@@ -184,7 +183,7 @@ def plot_front(study: Study, track: Track, l1: Entry, path: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(2, 2, figsize=(13, 10.4), layout="constrained")
-    for axis, metric in zip(axes.flat, COMPARED, strict=True):
+    for axis, metric in zip(axes.flat, SCORE, strict=True):
         if metric not in l1.values:
             axis.set_axis_off()
             continue
@@ -279,18 +278,9 @@ def rows(study: Study) -> Iterator[dict[str, Any]]:
         for run in dict.fromkeys(study.track_runs(track)):
             if study.is_done("runs", run):
                 row: dict[str, Any] = {"track": track.name, **asdict(run), **read_json(study.path("runs", run))}
-                row["tuning"] = rounded(row.pop("values"))
-                row["judged"] = rounded(study.figures("judged", run))
-                yield row
-
-
-def rounded(values: Any) -> Any:
-    """Five digits are enough, and a third of the bytes."""
-    if isinstance(values, dict):
-        return {name: rounded(value) for name, value in values.items()}
-    if isinstance(values, list):
-        return [rounded(value) for value in values]
-    return float(f"{values:.5g}") if isinstance(values, float) else values
+                row["tuning"] = row.pop("values")
+                row["judged"] = study.figures("judged", run)
+                yield json.loads(json.dumps(row), parse_float=lambda text: float(f"{float(text):.5g}"))
 
 
 def write_report(study: Study, crops: Sequence[str]) -> Path:

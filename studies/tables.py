@@ -24,7 +24,7 @@ def markdown(table: Sequence[Mapping[str, str]]) -> str:
 
 def heading(metric: str) -> str:
     """A metric's name with the direction of the better."""
-    return f"{metric.replace('_', ' ')} {ARROWS[METRICS[metric]]}"
+    return f"{metric.replace('_', ' ')} {ARROWS[METRICS[metric].better]}"
 
 
 def over_seeds(values: Sequence[Values]) -> Tensor:
@@ -64,7 +64,7 @@ def difference_text(metric: str, change: tuple[float, float, float]) -> str:
     """A change with its interval, bold where the whole interval is better."""
     middle, low, high = change
     text = f"{middle:+.3g} [{low:+.2g}, {high:+.2g}]"
-    better = {"higher": low > 0, "lower": high < 0, "one": low > 0}[METRICS[metric]]
+    better = {"higher": low > 0, "lower": high < 0, "one": False}[METRICS[metric].better]
     return f"**{text}**" if better else text
 
 
