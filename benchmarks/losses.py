@@ -73,9 +73,8 @@ SETTING = ("device", "threads", "batch", "size")
 
 def content_and(inn: str, *terms: str) -> nn.Module:
     """MGHFLoss with the content term and `terms` alone, at their default coefficients."""
-    return MGHFLoss(
-        coefficients={name: 0.0 for name in COEFFICIENTS["paper"] if name not in {"content", *terms}}, inn=inn
-    )
+    off = [name for name in COEFFICIENTS["paper"] if name not in {"content", *terms}]
+    return MGHFLoss(coefficients=dict.fromkeys(off, 0.0), inn=inn)
 
 
 def dino(memory: Memory = "normal") -> nn.Module:
@@ -172,10 +171,6 @@ class Candidate:
         weights = self.weights()
         return sum(size for address, size in storages(saved).items() if address not in weights)
 
-    def peak_bytes(self) -> int:
-        """Most bytes allocated during forward and backward, above those before."""
-        return peak_bytes(self.forward_backward, self.sr.device)
-
 
 def storages(tensors: Iterable[Tensor]) -> dict[int, int]:
     """Bytes of each distinct storage, by address."""
@@ -247,7 +242,7 @@ def measure_setting(candidates: list[Candidate], arguments: argparse.Namespace) 
                 "median_ms": f"{median:.3f}",
                 "p20_ms": f"{p20:.3f}",
                 "p80_ms": f"{p80:.3f}",
-                "peak_mib": f"{candidate.peak_bytes() / MIB:.2f}",
+                "peak_mib": f"{peak_bytes(candidate.forward_backward, candidate.sr.device) / MIB:.2f}",
                 "saved_mib": f"{candidate.saved_bytes() / MIB:.2f}",
                 "weights_mib": f"{sum(candidate.weights().values()) / MIB:.2f}",
                 "ratio_alex": over("lpips alex"),

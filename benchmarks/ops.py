@@ -56,10 +56,8 @@ FIRST = [
 
 def fused_statistics(sr: Tensor, gt: Tensor) -> Tensor:
     statistics = second_order_statistics(sr, gt)
-    return sum(
-        (term(sr, gt, statistics=statistics) for term in (terms.content, terms.style, terms.correlation)),
-        start=torch.zeros((), device=sr.device),
-    )
+    each = [term(sr, gt, statistics=statistics) for term in (terms.content, terms.style, terms.correlation)]
+    return torch.stack(each).sum()
 
 
 def plain_statistics(sr: Tensor, gt: Tensor) -> Tensor:
@@ -115,9 +113,7 @@ def published_patch_nce(sr: Tensor, gt: Tensor, modulation: str, tolerance: floa
             v = 1 / (kernel.transpose(1, 2) @ u)
         logits = logits + ((places - 1) * u * kernel * v.transpose(1, 2) + 1e-8).log()
     logits = torch.cat([positive / 0.07, logits.masked_fill(diagonal, -10.0)], 2)
-    return F.cross_entropy(
-        logits.flatten(0, 1), torch.zeros(logits[..., 0].numel(), dtype=torch.long, device=sr.device)
-    )
+    return F.cross_entropy(logits.flatten(0, 1), torch.zeros_like(logits[..., 0].flatten(), dtype=torch.long))
 
 
 def compiled(call: Call) -> Call:

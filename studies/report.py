@@ -160,7 +160,7 @@ def track_report(study: Study, track: Track, figures: Path) -> str:
     l1 = entry(study, track, L1, 0.0)
     if l1 is None or not entries:
         return "\n\n".join([*parts, "Not judged yet."])
-    parts.append(f"Mean over {min(e.seeds for e in entries)} to {max(e.seeds for e in entries)} seeds.")
+    parts.append(f"Seeds: {', '.join(map(str, sorted({e.seeds for e in entries})))} of {len(track.seeds)}.")
     parts += [] if track.critic else choice_table(study, track)
     parts += ["### At the chosen factor", *value_tables(study, entries)]
     references = {e.label: e for e in (l1, *entries)}

@@ -50,7 +50,7 @@ def difference(values: Tensor, reference: Tensor, is_pooled: bool) -> tuple[floa
     middle = (statistic(values) - statistic(reference)).item()
     if is_pooled:
         each = values - reference if len(values) == len(reference) else values - reference.mean()
-        return middle, each.min().item(), each.max().item()
+        return (middle, each.min().item(), each.max().item()) if len(each) > 1 else (middle, math.nan, math.nan)
     chosen = torch.randint(len(values), (SAMPLES, len(values)), generator=torch.Generator().manual_seed(0))
     if values.ndim == 2:
         samples = statistic(values[chosen]) - statistic(reference[chosen])
@@ -63,7 +63,7 @@ def difference(values: Tensor, reference: Tensor, is_pooled: bool) -> tuple[floa
 def difference_text(metric: str, change: tuple[float, float, float]) -> str:
     """A change with its interval, bold where the whole interval is better."""
     middle, low, high = change
-    text = f"{middle:+.3g} [{low:+.2g}, {high:+.2g}]"
+    text = f"{middle:+.3g}" + ("" if math.isnan(low) else f" [{low:+.2g}, {high:+.2g}]")
     better = {"higher": low > 0, "lower": high < 0, "one": False}[METRICS[metric].better]
     return f"**{text}**" if better else text
 
