@@ -700,7 +700,7 @@ def test_damaged_checkpoint_is_refused_by_name(
 
 
 ABSURD = [
-    ({"couplings": 10**5}, "couplings must be .* at most 100, got 100000"),
+    ({"couplings": 10**5}, "couplings must be .* at most 16, got 100000"),
     ({"levels": 10**30}, "levels must be .* at most 12, got 10"),
     ({"levels": 1e30}, "levels must be an integer"),
     ({"variant": "packet", "levels": 6}, "levels must be .* at most 5, got 6"),

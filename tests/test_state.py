@@ -303,7 +303,7 @@ def test_options_of_public_terms_are_checked():
     sr, gt = torch.rand(2, 2, 9, 8, 8).unbind(0)
     with pytest.raises(ValueError, match=r"locations must have shape \(B, N\) with B = 2, got \(1, 10\)"):
         terms.patch_nce(sr, gt, locations=torch.arange(10)[None])
-    with pytest.raises(ValueError, match="eps must be a finite number above 0, got -1"):
+    with pytest.raises(ValueError, match="eps must be a finite number of at least 0, got -1"):
         terms.correlation(sr, gt, eps=-1)
     with pytest.raises(ValueError, match="prune must be a number of at least 0 and below 1, got 2"):
         terms.entropy_channel_weights(gt, prune=2)

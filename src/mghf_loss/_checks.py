@@ -29,7 +29,7 @@ def number(
 ) -> float:
     """Return `value` as a float if it is a finite number from `least` (above it with `above`) to `most` or `below`."""
     fits = _is_number(value, Real) and (least < value if above else least <= value) and value < below and value <= most
-    if not fits or value > sys.float_info.max:  # an integer may be larger
+    if not fits or (isinstance(value, int) and value > sys.float_info.max):
         low = f"above {least:g}" if above else f"of at least {least:g}"
         high = f" and below {below:g}" if below < math.inf else f" and at most {most:g}" if most < math.inf else ""
         kind = "number" if high else "finite number"
@@ -152,8 +152,10 @@ def _is_number(value: Any, kind: type) -> bool:
 
 def _hint(value: Any) -> str:
     """YAML 1.1 reads 5e-2 as text."""
+    if not isinstance(value, str):
+        return ""
     try:
         float(value)
-    except (TypeError, ValueError):
+    except ValueError:
         return ""
-    return "; YAML takes numbers like 5e-2 for text, write 0.05" if isinstance(value, str) else ""
+    return "; YAML takes numbers like 5e-2 for text, write 0.05"

@@ -120,7 +120,7 @@ def correlation(
 
     Reference: arXiv 2411.13548 (MGHF), CSC, content-style consistency; eps and the weighting are our choice.
     """
-    _checks.number("eps", eps, above=True)
+    _checks.number("eps", eps)
     if statistics is None:
         statistics = second_order_statistics(sr_level, gt_level, channel_weights, gram=False)
     scale = ((statistics.variance_sr + eps) * (statistics.variance_gt + eps)).rsqrt()
