@@ -91,7 +91,7 @@ def work(arguments: argparse.Namespace) -> None:
     gt = photographs.unit_range(photographs.random_crops(images, CROPS, CROP, torch.Generator().manual_seed(0)))
     sr = upscale(downscale(gt))
     wanted = gradients("bundled", sr, gt)
-    rows, found = [], {"bundled": ("bundled", dict(COEFFICIENTS[PRESET]))}
+    rows, found = [], {"bundled": ("bundled", {term: COEFFICIENTS[PRESET][term] for term in wanted})}
     for name in tqdm(["bundled", *arguments.only], desc="networks", unit="network"):
         if name != "bundled":
             path = str(train(name, arguments.train, arguments.out, arguments.steps, arguments.device).resolve())
