@@ -1,4 +1,4 @@
-"""Every configuration of the Triton kernels, compiled for sm_80, sm_90 and sm_120 without a GPU: spills, shared memory."""
+"""Every configuration of the Triton kernels, compiled for sm_80, 90 and 120 without a GPU: spills, shared memory."""
 
 from __future__ import annotations
 
