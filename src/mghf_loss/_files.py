@@ -20,8 +20,6 @@ except ImportError:  # Windows, where temporary files of killed programs stay
     fcntl = None
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
     from PIL.ImageFile import ImageFile
 
 TEMPORARY = ".mghf-partial-"
@@ -96,9 +94,10 @@ def write_table(path: Path, table: Sequence[Mapping[str, object]]) -> None:
 
 
 def format_table(table: Sequence[Mapping[str, object]]) -> str:
-    """Align the rows in columns."""
-    rows = [[f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()] for row in table]
-    rows.insert(0, list(table[0]))
+    """Align the rows in columns; None is a dash, and a column of nothing else is left out."""
+    names = [name for name in table[0] if any(row[name] is not None for row in table)]
+    rows = [[_cell(row[name]) for name in names] for row in table]
+    rows.insert(0, names)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(
@@ -107,6 +106,12 @@ def format_table(table: Sequence[Mapping[str, object]]) -> str:
         )
         for row in rows
     )
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 @contextmanager
@@ -151,8 +156,7 @@ def read_image(path: str | Path) -> Tensor:
         if tags.get(PLANAR) == 2 or tags.get(PHOTOMETRIC) == 0 or image.getexif().get(ORIENTATION, 1) != 1:
             raise OSError("16 bits a channel that are planar, inverted or turned by EXIF: save them as plain RGB")
         image.load()  # raises where the file is cut off; OpenCV would fill it up
-    pixels = _read_16_bits(Path(path))
-    return torch.from_numpy(pixels).permute(2, 0, 1)[None].contiguous()
+    return _read_16_bits(Path(path)).permute(2, 0, 1)[None].contiguous()
 
 
 def image_size(path: Path) -> tuple[int, int]:
@@ -184,7 +188,7 @@ def _upright_rgb(image: ImageFile) -> Tensor:
     return torch.from_numpy(np.asarray(upright.convert("RGB")).copy()).permute(2, 0, 1)
 
 
-def _read_16_bits(path: Path) -> NDArray[np.float32]:
+def _read_16_bits(path: Path) -> Tensor:
     """Read (H, W, 3) RGB in [0, 1]."""
     import cv2
     import numpy as np
@@ -194,11 +198,9 @@ def _read_16_bits(path: Path) -> NDArray[np.float32]:
     if pixels is None or pixels.dtype != np.uint16:
         kind = "damaged" if pixels is None else f"of {pixels.dtype}"
         raise OSError(f"cannot read image {path}: it is {kind}, expected unsigned integers of 16 bits")
-    image = pixels.astype(np.float32) / 65535
+    image = torch.from_numpy(pixels.astype(np.float32)) / 65535
     if image.ndim == 2:
-        return np.repeat(image[..., None], 3, 2)
-    colours = image[..., 2::-1]  # OpenCV's order is blue, green, red, alpha
-    if image.shape[2] == 4:
-        alpha = image[..., 3:]
-        colours = colours * alpha + (1 - alpha)
-    return np.ascontiguousarray(colours)
+        return image[..., None].expand(-1, -1, 3)
+    colours = image[..., [2, 1, 0]]  # OpenCV's order is blue, green, red, alpha
+    alpha = image[..., 3:]
+    return colours * alpha + (1 - alpha) if image.shape[2] == 4 else colours
