@@ -149,7 +149,7 @@ def read_image(path: str | Path) -> Tensor:
     """
     with open_image(path) as image:
         if not _is_deep(image):
-            return _upright_rgb(image)[None].float() / 255
+            return _upright_rgb(image)[None].float().div_(255)
         tags = getattr(image, "tag_v2", {})
         if image.format not in {"PNG", "TIFF"} or image.mode.startswith("F"):
             raise OSError("more than 8 bits a channel are read from PNG and TIFF of integers only")

@@ -102,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     compare.set_defaults(run=_compare)
 
     info = commands.add_parser(
-        "info", help="print versions, devices, checkpoint and code path", formatter_class=formatter
+        "info", help="versions, devices, checkpoint and code path of this installation", formatter_class=formatter
     )
     info.add_argument("--inn", default="bundled", help="checkpoint of the invertible network")
     info.set_defaults(run=_info)
@@ -112,56 +112,69 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--out", type=Path, default=Path("mghf-demo"), help="folder for table and pictures")
     demo.add_argument("--steps", type=int, default=500, help="training steps of each model")
-    demo.add_argument("--seed", type=int, default=0, help="of initialisation and crops")
+    demo.add_argument("--seed", type=int, default=0, help="seed of initialisation and crops")
     demo.add_argument("--device", type=_usable, help=DEVICE_HELP)
     demo.set_defaults(run=_demo)
 
     train = commands.add_parser(
         "train-inn",
         help="train an invertible network on your images",
-        description="Train an invertible network on your images. On several GPUs or nodes: "
+        description="Train an invertible network on your images. The defaults take about an hour on one core of a CPU; "
+        "time grows with steps x batch x crop^2. A killed run goes on with the same command. On several GPUs or nodes: "
         "accelerate launch $(which mghf-loss) train-inn ...",
         formatter_class=formatter,
     )
-    data = train.add_mutually_exclusive_group(required=True)
+    images = train.add_argument_group("images")
+    data = images.add_mutually_exclusive_group(required=True)
     data.add_argument("--images", type=Path, help="folder of images, searched recursively")
     data.add_argument("--dataset", help="name or path for datasets.load_dataset, for instance imagenet-1k")
-    train.add_argument("--dataset-config", help="name of its configuration, where it has several")
-    train.add_argument("--split", default="train", help="of the data set")
-    train.add_argument("--streaming", action="store_true", help="read the data set as it comes, download nothing first")
-    train.add_argument("--validation", type=Path, help="folder of images for the held-out code length")
-    train.add_argument("--held-out", type=int, default=0, help="training images set aside for it, instead")
-    train.add_argument("--out", type=Path, default=Path("runs/inn"), help="folder for network, state, pictures, logs")
-    train.add_argument("--steps", type=int, default=20_000, help="optimiser steps, fixed for a run and its resumptions")
-    train.add_argument("--batch", type=int, default=16, help="crops per step, over all processes")
-    train.add_argument("--crop", type=int, default=96, help="side of a crop in pixels")
-    train.add_argument("--least-scale", type=float, default=0.5, help="images are reduced by a factor from here to 1")
-    train.add_argument("--dead-leaves", type=float, default=0.0, help="fraction of synthetic dead-leaves crops")
-    train.add_argument("--learning-rate", type=float, default=2e-3, help="peak of the cosine schedule")
-    train.add_argument("--ema", type=float, default=0.999, help="decay of the averaged parameters")
-    train.add_argument("--precision", choices=("no", "bf16"), help="of the conditioning convolutions while training")
-    train.add_argument("--save-every", type=int, default=500, help="steps between checkpoints and evaluations")
-    train.add_argument("--threads", type=int, default=2, help="decoding images, per process")
-    train.add_argument("--tensorboard", action="store_true", help="write TensorBoard logs to OUT/logs")
-    train.add_argument("--seed", type=int, default=0, help="of initialisation, crops and noise")
-    train.add_argument("--variant", default="pyramid", choices=("pyramid", "packet"), help="what a level decomposes")
-    train.add_argument("--levels", type=int, default=3, help="Haar levels")
-    train.add_argument("--couplings", type=int, default=2, help="coupling modules per level")
-    train.add_argument("--hidden", type=int, default=32, help="width of the bottleneck blocks")
-    train.add_argument("--clamp", type=float, default=2.0, help="bound of the log-scales")
-    train.add_argument("--mixing", default="learned", choices=("learned", "fixed"), help="channel mixing")
-    train.add_argument("--noise-floor", type=float, default=12.0, help="noise on the training images, in 1/255")
-    train.add_argument("--cpu", action="store_true", help="stay off the GPU")
+    images.add_argument("--dataset-config", help="configuration of a dataset that has several")
+    images.add_argument("--split", default="train", help="dataset split")
+    images.add_argument(
+        "--streaming", action="store_true", help="read the dataset from the Hub without a download first"
+    )
+    images.add_argument("--validation", type=Path, help="folder of images for the held-out code length")
+    images.add_argument("--held-out", type=int, default=0, help="training images set aside for it, instead")
+    images.add_argument("--crop", type=int, default=96, help="side of a crop in pixels")
+    images.add_argument("--least-scale", type=float, default=0.5, help="smallest random reduction of an image")
+    images.add_argument("--dead-leaves", type=float, default=0.0, help="fraction of synthetic dead-leaves crops")
+    network = train.add_argument_group("network")
+    network.add_argument(
+        "--variant", default="pyramid", choices=("pyramid", "packet"), help="bands that a level splits"
+    )
+    network.add_argument("--levels", type=int, default=3, help="Haar levels")
+    network.add_argument("--couplings", type=int, default=2, help="coupling modules per level")
+    network.add_argument("--hidden", type=int, default=32, help="width of the bottleneck blocks")
+    network.add_argument("--clamp", type=float, default=2.0, help="bound of the log-scales")
+    network.add_argument("--mixing", default="learned", choices=("learned", "fixed"), help="channel mixing")
+    network.add_argument("--noise-floor", type=float, default=12.0, help="noise on the training images, in 1/255")
+    training = train.add_argument_group("training")
+    training.add_argument("--steps", type=int, default=20_000, help="optimiser steps, the same when a run is resumed")
+    training.add_argument("--batch", type=int, default=16, help="crops per step, over all processes")
+    training.add_argument("--learning-rate", type=float, default=2e-3, help="peak of the cosine schedule")
+    training.add_argument("--ema", type=float, default=0.999, help="decay of the averaged parameters")
+    training.add_argument("--precision", choices=("no", "bf16"), help="precision of the conditioning convolutions")
+    training.add_argument("--seed", type=int, default=0, help="seed of initialisation, crops and noise")
+    training.add_argument("--threads", type=int, default=2, help="threads that decode images, per process")
+    training.add_argument("--cpu", action="store_true", help="stay off the GPU")
+    output = train.add_argument_group("output")
+    output.add_argument("--out", type=Path, default=Path("runs/inn"), help="folder for network, state, pictures, logs")
+    output.add_argument("--save-every", type=int, default=500, help="steps between checkpoints and evaluations")
+    output.add_argument("--tensorboard", action="store_true", help="write TensorBoard logs to OUT/logs")
     train.set_defaults(run=_train_inn)
 
     evaluate = commands.add_parser(
-        "eval-inn", help="measure an invertible network on photographs", formatter_class=formatter
+        "eval-inn",
+        help="measure an invertible network on photographs, beside the bundled one",
+        formatter_class=formatter,
     )
     evaluate.add_argument("images", type=Path, help="folder of images, searched recursively")
     evaluate.add_argument("--inn", default="bundled", help="checkpoint of the invertible network")
-    evaluate.add_argument("--noise", type=float, nargs="+", help="in 1/255 [the network's noise floor, and 0]")
+    evaluate.add_argument(
+        "--noise", type=float, nargs="+", help="noise levels in 1/255 [the network's noise floor, and 0]"
+    )
     evaluate.add_argument("--out", type=Path, default=Path("inn-evaluation"), help="folder for tables and figures")
-    evaluate.add_argument("--features-of", type=Path, metavar="IMAGE", help="drawn in features.png [the first]")
+    evaluate.add_argument("--features-of", type=Path, metavar="IMAGE", help="image drawn in features.png [the first]")
     evaluate.add_argument("--device", type=_usable, help=DEVICE_HELP)
     evaluate.set_defaults(run=_eval_inn)
     return parser
@@ -310,15 +323,14 @@ def _eval_inn(options: argparse.Namespace) -> None:
 
     for noise in options.noise or ():
         _checks.number("--noise", noise)
-    result = eval_inn(
-        options.inn, options.images, options.out, options.noise or (), options.device, options.features_of
-    )
+    device = _usable(options.device)
+    result = eval_inn(options.inn, options.images, options.out, options.noise or (), device, options.features_of)
     skipped = f", {len(result.skipped)} skipped" if result.skipped else ""
-    print(f"\n{result.photographs} photographs{skipped}, {options.inn}, {options.device}")
+    print(f"\n{result.photographs} photographs{skipped}, {options.inn}, {device}")
     print(f"largest error of the inverse: {result.inverse_error:.2g}\n")
     for title, table in (
-        ("code length of the same 8-bit pixels", result.coders),
-        ("features, with noise of the network's floor", result.levels),
+        ("code length of the same 8-bit pixels in bits per value, lower is better", result.coders),
+        ("features, with noise of the network's floor; of a perfect model std is 1, the rest 0", result.levels),
         ("feature MSE over that of white noise, at the pixel MSE of a one-pixel shift", result.responses),
     ):
         print(f"{title}\n{format_table(table)}\n")
