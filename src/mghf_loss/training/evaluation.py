@@ -6,7 +6,7 @@ import io
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +33,7 @@ RESPONSE_SIDE = 256  # responses are measured on the middle of a photograph
 class Evaluation:
     """Tables of `evaluate`, each a list of rows: one per coder and noise, per level, per distortion.
 
-    `photographs` is the number of those measured, `skipped` names the others.
+    A value that does not exist is None. `photographs` is the number of those measured, `skipped` names the others.
     """
 
     coders: list[Row]
@@ -45,13 +45,21 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(network: HighFrequencyINN, paths: Sequence[Path], noises: Sequence[float], device: str) -> Evaluation:
-    """Measure a network on image files, at full size, cut to multiples of 2^levels.
+def evaluate(
+    network: HighFrequencyINN,
+    paths: Sequence[Path],
+    noises: Sequence[float],
+    device: str,
+    *,
+    stride: int | None = None,
+    files: bool = True,
+) -> Evaluation:
+    """Measure a network on image files, at full size, cut to multiples of `stride`, by default 2^levels.
 
     - Code length: bits per value of photographs with Gaussian noise of standard deviation `noises` (1/255), rounded
-      and clipped to 8 bits, by the network, PNG and WebP (both lossless, at their best setting), on the very same
-      pixels, headers included. The network codes the details; its low-pass values are charged at 8 + levels bits,
-      their raw cost. One draw of dequantisation noise makes its figure an upper bound in the mean.
+      and clipped to 8 bits, by the network and, with `files`, by PNG and WebP (both lossless, at their best setting),
+      on the very same pixels, headers included. The network codes the details; its low-pass values are charged at
+      8 + levels bits, their raw cost. One draw of dequantisation noise makes its figure an upper bound in the mean.
     - Inverse error: largest |inverse(forward(image)) - image| of the photographs in [-1, 1].
     Photographs that cannot be read or have a side below 4 * 2^levels are skipped with a warning that names them.
 
@@ -62,7 +70,7 @@ def evaluate(network: HighFrequencyINN, paths: Sequence[Path], noises: Sequence[
       noise with equal pixel MSE, that of a shift by one pixel, on the middle 256 x 256. Photographs on which a
       distortion cannot reach that MSE within 10 % are left out and counted. A mean of ratios.
     """
-    levels, stride = network.config.levels, network.stride
+    levels, stride = network.config.levels, stride or network.stride
     coded: dict[tuple[str, float], list[float]] = {}
     statistics: list[Tensor] = []
     ratios: dict[str, list[Tensor]] = {name: [] for name in (*DISTORTIONS, SHIFT)}
@@ -82,11 +90,10 @@ def evaluate(network: HighFrequencyINN, paths: Sequence[Path], noises: Sequence[
         generator = torch.Generator().manual_seed(index)
         for noise in noises:
             noisy = noisy_pixels(pixels, noise, generator)
-            bits = {
-                "INN": network_bits(network, noisy, generator, device),
-                "PNG": file_bits(noisy, "png", optimize=True),
-                "WebP": file_bits(noisy, "webp", lossless=True, quality=100, method=6),
-            }
+            bits = {"INN": network_bits(network, noisy, generator, device)}
+            if files:
+                bits["PNG"] = file_bits(noisy, "png", optimize=True)
+                bits["WebP"] = file_bits(noisy, "webp", lossless=True, quality=100, method=6)
             for coder, value in bits.items():
                 coded.setdefault((coder, noise), []).append(value)
         image = pixels.to(device) / 127.5 - 1
@@ -113,18 +120,26 @@ def evaluate(network: HighFrequencyINN, paths: Sequence[Path], noises: Sequence[
     rows: list[Row] = []
     for i in range(levels):
         row: Row = {"level": level_name(i, levels), "bits_per_value": mean[i, 0].item()}
-        row["share_of_bits"] = bits_of_level[i] / all_bits
-        row.update(zip(names, mean[i, 2:].tolist(), strict=True))
+        row["share_of_bits"] = _known(bits_of_level[i] / all_bits)
+        row.update(zip(names, map(_known, mean[i, 2:].tolist()), strict=True))
         rows.append(row)
-    blank = dict.fromkeys(names, math.nan)
+    blank = dict.fromkeys(names)
     rows.append({"level": "low-pass", "bits_per_value": 8.0 + levels, "share_of_bits": low_bits / all_bits, **blank})
     responses: list[Row] = []
     for name, values in ratios.items():
         average = torch.stack(values).mean(0) if values else torch.full((levels + 1,), math.nan)
-        row: Row = {"distortion": name, "photographs": len(values), "over_noise": average[-1].item()}
-        row.update({level_name(i, levels): average[i].item() for i in range(levels)})
+        row: Row = {"distortion": name, "photographs": len(values), "over_noise": _known(average[-1].item())}
+        row.update({level_name(i, levels): _known(average[i].item()) for i in range(levels)})
         responses.append(row)
     return Evaluation(coders, rows, responses, inverse_error, len(statistics), skipped)
+
+
+def _known(value: float) -> float | None:
+    return None if math.isnan(value) else value
+
+
+def _number(value: object) -> float:
+    return math.nan if value is None else float(str(value))
 
 
 def level_name(index: int, levels: int) -> str:
@@ -271,29 +286,34 @@ def plot_evaluation(path: Path, evaluation: Evaluation) -> None:
     noises = sorted({float(str(row["noise"])) for row in evaluation.coders})
     coders = list(dict.fromkeys(row["coder"] for row in evaluation.coders))
     for i, coder in enumerate(coders):
-        values = {row["noise"]: float(str(row["bits_per_value"])) for row in evaluation.coders if row["coder"] == coder}
-        places = np.arange(len(noises)) + (i - 1) * 0.27
-        bars = left.bar(places, [values[noise] for noise in noises], 0.25, label=str(coder))
+        values = {row["noise"]: _number(row["bits_per_value"]) for row in evaluation.coders if row["coder"] == coder}
+        places = np.arange(len(noises)) + (i - (len(coders) - 1) / 2) * 0.81 / len(coders)
+        bars = left.bar(places, [values[noise] for noise in noises], 0.75 / len(coders), label=str(coder))
         left.bar_label(bars, fmt="%.2f", fontsize=8)
     left.set_xticks(range(len(noises)), [f"noise {noise:g}/255" for noise in noises])
     left.set_ylabel("bits per value")
     left.set_title("code length of the same 8-bit pixels")
     left.margins(y=0.25)
-    left.legend(ncols=3, loc="upper center")
-    levels = evaluation.levels[:-1]  # the last row is the low-pass band
+    left.legend(ncols=len(coders), loc="upper center")
+    networks = list(dict.fromkeys(row["network"] for row in evaluation.levels))
+    levels = [row for row in evaluation.levels if row["network"] == networks[0] and row["std"] is not None]
     names = [str(row["level"]) for row in levels]
     for i, key in enumerate(("std", "std_without_noise", "excess_kurtosis", "neighbour_correlation")):
-        heights = [float(str(row[key])) for row in levels]
+        heights = [_number(row[key]) for row in levels]
         bars = middle.bar(np.arange(len(names)) + (i - 1.5) * 0.2, heights, 0.19, label=key.replace("_", " "))
         middle.bar_label(bars, fmt="%.2f", fontsize=7)
     middle.set_xticks(range(len(names)), names)
-    middle.set_title("features (normal and white: std 1, others 0)")
+    middle.set_title(f"features of {networks[0]} (normal and white: std 1, others 0)")
     middle.margins(y=0.25)
     middle.legend(ncols=2, loc="upper center")
-    right.barh(
-        [str(row["distortion"]) for row in evaluation.responses],
-        [float(str(row["over_noise"])) for row in evaluation.responses],
-    )
+    for i, name in enumerate(networks):
+        responses = [row for row in evaluation.responses if row["network"] == name]
+        places = np.arange(len(responses)) + (i - (len(networks) - 1) / 2) * 0.8 / len(networks)
+        values = [_number(row["over_noise"]) for row in responses]
+        right.barh(places, values, 0.75 / len(networks), label=str(name))
+        right.set_yticks(range(len(responses)), [str(row["distortion"]) for row in responses])
+    if len(networks) > 1:
+        right.legend()
     right.set_xscale("log")
     right.axvline(1, color="black", linewidth=0.8)
     right.set_title("feature MSE over that of white noise,\nat the pixel MSE of a one-pixel shift")
@@ -329,17 +349,59 @@ def plot_features(path: Path, network: HighFrequencyINN, image: Tensor) -> None:
     plt.close(figure)
 
 
+def _evaluate_beside_bundled(
+    inn: str, network: HighFrequencyINN, paths: Sequence[Path], noises: Sequence[float], device: str
+) -> Evaluation:
+    networks = {"bundled" if inn == "bundled" else Path(inn).name: network}
+    if inn != "bundled":
+        if "bundled" in networks:  # a folder of that name
+            networks = {inn: network}
+        networks["bundled"] = HighFrequencyINN.from_pretrained("bundled").to(device)
+    noises = noises or sorted({network.config.noise_floor, 0.0}, reverse=True)
+    stride = max(each.stride for each in networks.values())
+    found: dict[str, Evaluation] = {}
+    for name, each in networks.items():
+        skipped = {path for other in found.values() for path in other.skipped}
+        usable = [path for path in paths if str(path) not in skipped]
+        found[name] = evaluate(each, usable, noises, device, stride=stride, files=not found)
+    first = next(iter(found.values()))
+    coders = [
+        {**row, "coder": name if row["coder"] == "INN" else row["coder"]}
+        for name, evaluation in found.items()
+        for row in evaluation.coders
+    ]
+    return replace(
+        first,
+        coders=coders,
+        levels=_beside({name: evaluation.levels for name, evaluation in found.items()}),
+        responses=_beside({name: evaluation.responses for name, evaluation in found.items()}),
+    )
+
+
+def _beside(tables: dict[str, list[Row]]) -> list[Row]:
+    """Join tables of several networks, whose columns differ where their numbers of levels do."""
+    columns = list(dict.fromkeys(name for table in tables.values() for row in table for name in row))
+    return [
+        {"network": network, **{name: row.get(name) for name in columns}}
+        for network, table in tables.items()
+        for row in table
+    ]
+
+
 def eval_inn(
     inn: str, folder: Path, out: Path, noises: Sequence[float], device: str, features_of: Path | None = None
 ) -> Evaluation:
-    """Evaluate checkpoint `inn` on the images below `folder`; write three tables and two figures to `out`."""
+    """Evaluate checkpoint `inn` on the images below `folder`; write three tables and two figures to `out`.
+
+    The tables show the bundled network beside another one, on the same pixels.
+    """
     import matplotlib.pyplot  # noqa: F401  a missing extra, picture or folder shows before the work, not after it
 
     network = HighFrequencyINN.from_pretrained(inn).to(device)
     paths = list_images(folder, except_below=out)
     picture = features_of and read_image(features_of)
     check_output(out)
-    evaluation = evaluate(network, paths, noises or sorted({network.config.noise_floor, 0.0}, reverse=True), device)
+    evaluation = _evaluate_beside_bundled(inn, network, paths, noises, device)
     write_table(out / "coders.csv", evaluation.coders)
     write_table(out / "levels.csv", evaluation.levels)
     write_table(out / "responses.csv", evaluation.responses)

@@ -282,7 +282,8 @@ def _evaluate(network: HighFrequencyINN, images: list[Tensor], step: int, out: P
             pair = torch.cat((image, sample), dim=2)[0].clamp(-1, 1) / 2 + 0.5
             pictures.append(F.pad(pair, (0, VALIDATION_SIDE - pair.shape[2], 0, 2 * VALIDATION_SIDE - pair.shape[1])))
     total, levels = torch.cat(totals).mean().item(), torch.cat(per_level).mean(0).tolist()
-    tqdm.write(f"step {step}: held-out {total:.4f} bits per detail value ({', '.join(f'{b:.3f}' for b in levels)})")
+    by_level = ", ".join(f"stride {2 ** (i + 1)}: {bits:.3f}" for i, bits in enumerate(levels))
+    tqdm.write(f"step {step}: held-out {total:.4f} bits per detail value, lower is better ({by_level})")
     accelerator.log(
         {"held-out/bits": total} | {f"held-out/bits_level_{i}": bits for i, bits in enumerate(levels)}, step=step
     )
