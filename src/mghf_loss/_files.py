@@ -68,7 +68,11 @@ def check_output(path: Path, suffixes: Collection[str] | None = None) -> None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep `folder` to this process; raise `OSError` where another has it. The system frees it for a killed process."""
+    """Make `folder` and keep it to this process; raise `OSError` where another has it, or nothing can be written.
+
+    The system frees it for a killed process.
+    """
+    check_output(folder)
     # A file, as network file systems lock no folder. It stays: who removes a lock may remove that of another.
     with (folder / LOCK_FILE).open("wb") as file:
         try:
@@ -94,17 +98,14 @@ def write_table(path: Path, table: Sequence[Mapping[str, object]]) -> None:
 
 
 def format_table(table: Sequence[Mapping[str, object]]) -> str:
-    """Align the rows in columns."""
-    rows = [[f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()] for row in table]
-    rows.insert(0, list(table[0]))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    )
+    """Align the rows in columns, the first to the left and the others to the right."""
+    columns: list[list[str]] = []
+    for name in table[0]:
+        values = [row[name] for row in table]
+        cells = [name, *(f"{value:.4g}" if isinstance(value, float) else str(value) for value in values)]
+        width = max(map(len, cells))
+        columns.append([cell.rjust(width) if columns else cell.ljust(width) for cell in cells])
+    return "\n".join(map("  ".join, zip(*columns, strict=True)))
 
 
 @contextmanager
@@ -142,6 +143,6 @@ def read_pixels(source: str | Path | BinaryIO, name: str | None = None) -> Tenso
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1)
 
 
-def read_image(path: str | Path) -> Tensor:
+def read_image(source: str | Path | BinaryIO) -> Tensor:
     """Read an image file as (1, 3, H, W) RGB in [0, 1]; see `read_pixels`."""
-    return read_pixels(path)[None].float() / 255
+    return read_pixels(source)[None].float() / 255

@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import io
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib import pyplot as plt
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from .._files import check_output, read_image, read_pixels, write_atomically, write_table
+from .._files import check_output, read_image, write_atomically, write_table
 from ..inn import HighFrequencyINN
-from .data import list_images
+from .data import list_images, read_or_skip
 from .objective import add_noise, bits_per_detail, code_length
 
-Row = dict[str, object]
+Row = dict[str, Any]
 SHIFT = "shift by one pixel"
 LEVEL_NAMES = ("fine", "medium", "coarse")
+FEATURE_STATISTICS = ("std", "std_without_noise", "excess_kurtosis", "neighbour_correlation")
 # How near to the asked mean squared error a distortion must come to be compared with the others.
 TOLERANCE = 0.1
 RESPONSE_SIDE = 256  # responses are measured on the middle of a photograph
@@ -67,15 +69,10 @@ def evaluate(network: HighFrequencyINN, paths: Sequence[Path], noises: Sequence[
     statistics: list[Tensor] = []
     ratios: dict[str, list[Tensor]] = {name: [] for name in (*DISTORTIONS, SHIFT)}
     inverse_error = 0.0
-    skipped: list[str] = []
+    skipped: set[str] = set()
     for index, path in enumerate(tqdm(paths, desc="eval-inn", unit="image")):
-        try:
-            pixels = read_pixels(path)
-            if min(pixels.shape[-2:]) < 4 * stride:  # too few places for statistics
-                raise OSError(f"{pixels.shape[-1]} x {pixels.shape[-2]} is smaller than {4 * stride} x {4 * stride}")
-        except OSError as error:
-            warnings.warn(f"skipped image {path}: {error}", stacklevel=2)
-            skipped.append(str(path))
+        pixels = read_or_skip(path, 4 * stride, skipped)  # smaller ones have too few places for statistics
+        if pixels is None:
             continue
         height, width = (side // stride * stride for side in pixels.shape[-2:])
         pixels = pixels[None, :, :height, :width]
@@ -109,22 +106,23 @@ def evaluate(network: HighFrequencyINN, paths: Sequence[Path], noises: Sequence[
     if network.config.variant == "packet":
         bits_of_level = [math.nan] * (levels - 1) + bits_of_level[-1:]
     all_bits = float(np.nansum(bits_of_level)) + low_bits
-    names = ("std", "std_without_noise", "excess_kurtosis", "neighbour_correlation")
-    rows: list[Row] = []
-    for i in range(levels):
-        row: Row = {"level": level_name(i, levels), "bits_per_value": mean[i, 0].item()}
-        row["share_of_bits"] = bits_of_level[i] / all_bits
-        row.update(zip(names, mean[i, 2:].tolist(), strict=True))
-        rows.append(row)
-    blank = dict.fromkeys(names, math.nan)
-    rows.append({"level": "low-pass", "bits_per_value": 8.0 + levels, "share_of_bits": low_bits / all_bits, **blank})
+    rows: list[Row] = [
+        {
+            "level": level_name(i, levels),
+            "bits_per_value": mean[i, 0].item(),
+            "share_of_bits": bits_of_level[i] / all_bits,
+            **dict(zip(FEATURE_STATISTICS, mean[i, 2:].tolist(), strict=True)),
+        }
+        for i in range(levels)
+    ]
+    low_pass: Row = {"level": "low-pass", "bits_per_value": 8.0 + levels, "share_of_bits": low_bits / all_bits}
+    rows.append(low_pass | dict.fromkeys(FEATURE_STATISTICS, math.nan))
     responses: list[Row] = []
     for name, values in ratios.items():
         average = torch.stack(values).mean(0) if values else torch.full((levels + 1,), math.nan)
         row: Row = {"distortion": name, "photographs": len(values), "over_noise": average[-1].item()}
-        row.update({level_name(i, levels): average[i].item() for i in range(levels)})
-        responses.append(row)
-    return Evaluation(coders, rows, responses, inverse_error, len(statistics), skipped)
+        responses.append(row | {level_name(i, levels): average[i].item() for i in range(levels)})
+    return Evaluation(coders, rows, responses, inverse_error, len(statistics), sorted(skipped))
 
 
 def level_name(index: int, levels: int) -> str:
@@ -239,8 +237,7 @@ def _jpeg(image: Tensor, generator: torch.Generator) -> Callable[[float], Tensor
     def jpeg(strength: float) -> Tensor:
         buffer = io.BytesIO()
         pil.save(buffer, "jpeg", quality=round(100 - 99 * strength))
-        buffer.seek(0)
-        return read_pixels(buffer)[None].float() / 255
+        return read_image(buffer)
 
     return jpeg
 
@@ -265,15 +262,13 @@ DISTORTIONS = {
 
 def plot_evaluation(path: Path, evaluation: Evaluation) -> None:
     """Draw code lengths, the features of each level and the responses."""
-    from matplotlib import pyplot as plt
-
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4), layout="constrained")
-    noises = sorted({float(str(row["noise"])) for row in evaluation.coders})
+    noises = sorted({row["noise"] for row in evaluation.coders})
     coders = list(dict.fromkeys(row["coder"] for row in evaluation.coders))
     for i, coder in enumerate(coders):
-        values = {row["noise"]: float(str(row["bits_per_value"])) for row in evaluation.coders if row["coder"] == coder}
+        values = {row["noise"]: row["bits_per_value"] for row in evaluation.coders if row["coder"] == coder}
         places = np.arange(len(noises)) + (i - 1) * 0.27
-        bars = left.bar(places, [values[noise] for noise in noises], 0.25, label=str(coder))
+        bars = left.bar(places, [values[noise] for noise in noises], 0.25, label=coder)
         left.bar_label(bars, fmt="%.2f", fontsize=8)
     left.set_xticks(range(len(noises)), [f"noise {noise:g}/255" for noise in noises])
     left.set_ylabel("bits per value")
@@ -281,19 +276,17 @@ def plot_evaluation(path: Path, evaluation: Evaluation) -> None:
     left.margins(y=0.25)
     left.legend(ncols=3, loc="upper center")
     levels = evaluation.levels[:-1]  # the last row is the low-pass band
-    names = [str(row["level"]) for row in levels]
-    for i, key in enumerate(("std", "std_without_noise", "excess_kurtosis", "neighbour_correlation")):
-        heights = [float(str(row[key])) for row in levels]
+    names = [row["level"] for row in levels]
+    for i, key in enumerate(FEATURE_STATISTICS):
+        heights = [row[key] for row in levels]
         bars = middle.bar(np.arange(len(names)) + (i - 1.5) * 0.2, heights, 0.19, label=key.replace("_", " "))
         middle.bar_label(bars, fmt="%.2f", fontsize=7)
     middle.set_xticks(range(len(names)), names)
     middle.set_title("features (normal and white: std 1, others 0)")
     middle.margins(y=0.25)
     middle.legend(ncols=2, loc="upper center")
-    right.barh(
-        [str(row["distortion"]) for row in evaluation.responses],
-        [float(str(row["over_noise"])) for row in evaluation.responses],
-    )
+    responses = {row["distortion"]: row["over_noise"] for row in evaluation.responses}
+    right.barh(list(responses), list(responses.values()))
     right.set_xscale("log")
     right.axvline(1, color="black", linewidth=0.8)
     right.set_title("feature MSE over that of white noise,\nat the pixel MSE of a one-pixel shift")
@@ -304,8 +297,6 @@ def plot_evaluation(path: Path, evaluation: Evaluation) -> None:
 @torch.no_grad()
 def plot_features(path: Path, network: HighFrequencyINN, image: Tensor) -> None:
     """Draw an image (1, 3, H, W) in [0, 1] and, per level, the RMS over channels and the first three channels."""
-    from matplotlib import pyplot as plt
-
     features = network.features(2 * image - 1)
     aspect = image.shape[-2] / image.shape[-1]
     figure, axes = plt.subplots(
@@ -333,11 +324,9 @@ def eval_inn(
     inn: str, folder: Path, out: Path, noises: Sequence[float], device: str, features_of: Path | None = None
 ) -> Evaluation:
     """Evaluate checkpoint `inn` on the images below `folder`; write three tables and two figures to `out`."""
-    import matplotlib.pyplot  # noqa: F401  a missing extra, picture or folder shows before the work, not after it
-
     network = HighFrequencyINN.from_pretrained(inn).to(device)
     paths = list_images(folder, except_below=out)
-    picture = features_of and read_image(features_of)
+    picture = features_of and read_image(features_of)  # a missing picture or folder shows before the work
     check_output(out)
     evaluation = evaluate(network, paths, noises or sorted({network.config.noise_floor, 0.0}, reverse=True), device)
     write_table(out / "coders.csv", evaluation.coders)
