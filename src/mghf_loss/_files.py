@@ -68,7 +68,11 @@ def check_output(path: Path, suffixes: Collection[str] | None = None) -> None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep `folder` to this process; raise `OSError` where another has it. The system frees it for a killed process."""
+    """Make `folder` and keep it to this process; raise `OSError` where another has it, or nothing can be written.
+
+    The system frees it for a killed process.
+    """
+    check_output(folder)
     # A file, as network file systems lock no folder. It stays: who removes a lock may remove that of another.
     with (folder / LOCK_FILE).open("wb") as file:
         try:

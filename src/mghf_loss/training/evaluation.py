@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import io
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib import pyplot as plt
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from .._files import check_output, read_image, read_pixels, write_atomically, write_table
+from .._files import check_output, read_image, write_atomically, write_table
 from ..inn import HighFrequencyINN
-from .data import list_images
+from .data import list_images, read_or_skip
 from .objective import add_noise, bits_per_detail, code_length
 
-Row = dict[str, object]
+Row = dict[str, Any]
 SHIFT = "shift by one pixel"
 LEVEL_NAMES = ("fine", "medium", "coarse")
+FEATURE_STATISTICS = ("std", "std_without_noise", "excess_kurtosis", "neighbour_correlation")
 # How near to the asked mean squared error a distortion must come to be compared with the others.
 TOLERANCE = 0.1
 RESPONSE_SIDE = 256  # responses are measured on the middle of a photograph
@@ -75,15 +77,10 @@ def evaluate(
     statistics: list[Tensor] = []
     ratios: dict[str, list[Tensor]] = {name: [] for name in (*DISTORTIONS, SHIFT)}
     inverse_error = 0.0
-    skipped: list[str] = []
+    skipped: set[str] = set()
     for index, path in enumerate(tqdm(paths, desc="eval-inn", unit="image")):
-        try:
-            pixels = read_pixels(path)
-            if min(pixels.shape[-2:]) < 4 * stride:  # too few places for statistics
-                raise OSError(f"{pixels.shape[-1]} x {pixels.shape[-2]} is smaller than {4 * stride} x {4 * stride}")
-        except OSError as error:
-            warnings.warn(f"skipped image {path}: {error}", stacklevel=2)
-            skipped.append(str(path))
+        pixels = read_or_skip(path, 4 * stride, skipped)  # smaller ones have too few places for statistics
+        if pixels is None:
             continue
         height, width = (side // stride * stride for side in pixels.shape[-2:])
         pixels = pixels[None, :, :height, :width]
@@ -254,8 +251,7 @@ def _jpeg(image: Tensor, generator: torch.Generator) -> Callable[[float], Tensor
     def jpeg(strength: float) -> Tensor:
         buffer = io.BytesIO()
         pil.save(buffer, "jpeg", quality=round(100 - 99 * strength))
-        buffer.seek(0)
-        return read_pixels(buffer)[None].float() / 255
+        return read_image(buffer)
 
     return jpeg
 
@@ -280,10 +276,8 @@ DISTORTIONS = {
 
 def plot_evaluation(path: Path, evaluation: Evaluation) -> None:
     """Draw code lengths, the features of each level and the responses."""
-    from matplotlib import pyplot as plt
-
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4), layout="constrained")
-    noises = sorted({float(str(row["noise"])) for row in evaluation.coders})
+    noises = sorted({row["noise"] for row in evaluation.coders})
     coders = list(dict.fromkeys(row["coder"] for row in evaluation.coders))
     for i, coder in enumerate(coders):
         values = {row["noise"]: _number(row["bits_per_value"]) for row in evaluation.coders if row["coder"] == coder}
@@ -324,8 +318,6 @@ def plot_evaluation(path: Path, evaluation: Evaluation) -> None:
 @torch.no_grad()
 def plot_features(path: Path, network: HighFrequencyINN, image: Tensor) -> None:
     """Draw an image (1, 3, H, W) in [0, 1] and, per level, the RMS over channels and the first three channels."""
-    from matplotlib import pyplot as plt
-
     features = network.features(2 * image - 1)
     aspect = image.shape[-2] / image.shape[-1]
     figure, axes = plt.subplots(
@@ -399,7 +391,7 @@ def eval_inn(
 
     network = HighFrequencyINN.from_pretrained(inn).to(device)
     paths = list_images(folder, except_below=out)
-    picture = features_of and read_image(features_of)
+    picture = features_of and read_image(features_of)  # a missing picture or folder shows before the work
     check_output(out)
     evaluation = _evaluate_beside_bundled(inn, network, paths, noises, device)
     write_table(out / "coders.csv", evaluation.coders)
