@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from .._files import check_output, read_image, write_atomically, write_table
+from .._files import check_output, read_image, read_pixels, write_atomically, write_table
 from ..inn import HighFrequencyINN
 from .data import list_images, read_or_skip
 from .objective import add_noise, bits_per_detail, code_length
@@ -113,22 +113,21 @@ def evaluate(
     if network.config.variant == "packet":
         bits_of_level = [math.nan] * (levels - 1) + bits_of_level[-1:]
     all_bits = float(np.nansum(bits_of_level)) + low_bits
-    names = ("std", "std_without_noise", "excess_kurtosis", "neighbour_correlation")
     rows: list[Row] = []
     for i in range(levels):
         row: Row = {"level": level_name(i, levels), "bits_per_value": mean[i, 0].item()}
         row["share_of_bits"] = _known(bits_of_level[i] / all_bits)
-        row.update(zip(names, map(_known, mean[i, 2:].tolist()), strict=True))
+        row.update(zip(FEATURE_STATISTICS, map(_known, mean[i, 2:].tolist()), strict=True))
         rows.append(row)
-    blank = dict.fromkeys(names)
-    rows.append({"level": "low-pass", "bits_per_value": 8.0 + levels, "share_of_bits": low_bits / all_bits, **blank})
+    low_pass: Row = {"level": "low-pass", "bits_per_value": 8.0 + levels, "share_of_bits": low_bits / all_bits}
+    rows.append(low_pass | dict.fromkeys(FEATURE_STATISTICS))
     responses: list[Row] = []
     for name, values in ratios.items():
         average = torch.stack(values).mean(0) if values else torch.full((levels + 1,), math.nan)
         row: Row = {"distortion": name, "photographs": len(values), "over_noise": _known(average[-1].item())}
         row.update({level_name(i, levels): _known(average[i].item()) for i in range(levels)})
         responses.append(row)
-    return Evaluation(coders, rows, responses, inverse_error, len(statistics), skipped)
+    return Evaluation(coders, rows, responses, inverse_error, len(statistics), sorted(skipped))
 
 
 def _known(value: float) -> float | None:
@@ -251,7 +250,7 @@ def _jpeg(image: Tensor, generator: torch.Generator) -> Callable[[float], Tensor
     def jpeg(strength: float) -> Tensor:
         buffer = io.BytesIO()
         pil.save(buffer, "jpeg", quality=round(100 - 99 * strength))
-        return read_image(buffer)
+        return read_pixels(buffer)[None].float() / 255
 
     return jpeg
 
