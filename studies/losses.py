@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from benchmarks.peers import PEERS
 from mghf_loss import HighFrequencyINN, INNConfig, MGHFLoss, MGHFnLoss
 from mghf_loss.coupling import Bottleneck, ChannelMixing
-from mghf_loss.mghf import COEFFICIENTS
 
 from . import efficientnet
 
@@ -88,36 +87,22 @@ def ours(
     device: str,
     *,
     network: str = "bundled",
-    shift: int = 0,
-    times: Mapping[str, float] | None = None,
     dense: bool = False,
     **options: Any,
 ) -> Loss:
-    """One of our losses with its constructor's options, and some that a configuration cannot say.
+    """One of our losses with its constructor's options, and what a configuration cannot say.
 
     Args:
         loss: the class.
         device: where.
         network: "haar" (plain details, scaled), "untrained", or what `inn` takes.
-        shift: largest random shift in pixels, common to SR and GT.
-        times: factors of the preset's coefficients.
         dense: `patches=None`.
         options: the constructor's.
     """
-    if times:
-        preset = COEFFICIENTS[options.get("preset", "paper")]
-        options["coefficients"] = {name: preset[name] * factor for name, factor in times.items()}
     if dense:
         options["patches"] = None
     criterion = loss(inn=inn(network), **options).to(device)
-
-    def shifted(sr: Tensor, gt: Tensor, generator: torch.Generator) -> Tensor:
-        if shift:
-            top, left = torch.randint(shift + 1, (2,), generator=generator).tolist()
-            sr, gt = (image[..., top:, left:] for image in (sr, gt))
-        return criterion(sr, gt, generator=generator)
-
-    return shifted
+    return lambda sr, gt, generator: criterion(sr, gt, generator=generator)
 
 
 def inn(network: str) -> str | HighFrequencyINN:

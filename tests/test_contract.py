@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from conftest import perturbed_inn
 from mghf_loss import DinoJSDLoss, MGHFLoss, MGHFnLoss
-from mghf_loss.mghf import COEFFICIENTS
+from mghf_loss.mghf import OFF
 
-TERMS = list(COEFFICIENTS["paper"])
+TERMS = list(OFF)
 LOSSES = ["MGHFnLoss", "MGHFLoss", "DinoJSDLoss", *(f"only {term}" for term in TERMS)]
 
 

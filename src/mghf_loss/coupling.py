@@ -149,8 +149,12 @@ class ChannelMixing(InvertibleModule):
             log_det_jac = x.shape[-2] * x.shape[-1] * torch.linalg.slogdet(matrix).logabsdet
             log_det_jac = -log_det_jac if rev else log_det_jac
         # Inverted in float64: for 189 channels a float32 inverse would be off by 4e-5.
-        matrix = torch.linalg.inv(self.matrix.double()).to(x.dtype) if rev else self.matrix
-        return (convolution(x, matrix[:, :, None, None]),), log_det_jac
+        inverse = torch.linalg.inv(self.matrix.double()).to(x.dtype) if rev else None
+        return (self.transform(x, inverse),), log_det_jac
+
+    def transform(self, x: Tensor, matrix: Tensor | None = None) -> Tensor:
+        """Return W x, or `matrix` x."""
+        return convolution(x, (self.matrix if matrix is None else matrix)[:, :, None, None])
 
     def output_dims(self, input_dims: list[Any]) -> list[Any]:
         """Unchanged."""
@@ -192,21 +196,25 @@ class AffineCoupling(InvertibleModule):
         if c is None:
             raise ValueError("AffineCoupling needs the low-pass band as its condition c, got None")
         (x,), (low,) = x_or_z, c
-        z1, z2 = x.split(self.split, dim=1)
-        if not rev:
-            z2 = z2 + self.phi(torch.cat((z1, low), dim=1))
-        rho, eta = self.rho_eta(torch.cat((z2, low), dim=1)).chunk(2, dim=1)
-        log_scale = self.clamp * torch.tanh(rho / self.clamp)
         if rev:
+            z1, z2 = x.split(self.split, dim=1)
+            log_scale, eta = self._log_scale_and_shift(z2, low)
             z1 = (z1 - eta) * torch.exp(-log_scale)
-            z2 = z2 - self.phi(torch.cat((z1, low), dim=1))
+            z, log_scale = torch.cat((z1, z2 - self.phi(torch.cat((z1, low), dim=1))), dim=1), -log_scale
         else:
-            z1 = z1 * torch.exp(log_scale) + eta
-        log_det_jac = 0.0
-        if jac:
-            log_det_jac = log_scale.flatten(1).sum(1)
-            log_det_jac = -log_det_jac if rev else log_det_jac
-        return (torch.cat((z1, z2), dim=1),), log_det_jac
+            z, log_scale = self.transform(x, low)
+        return (z,), log_scale.flatten(1).sum(1) if jac else 0.0
+
+    def transform(self, x: Tensor, low: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what becomes of the details x, and log s (B, n1, h, w), the log-scale of their first n1 channels."""
+        z1, z2 = x.split(self.split, dim=1)
+        z2 = z2 + self.phi(torch.cat((z1, low), dim=1))
+        log_scale, eta = self._log_scale_and_shift(z2, low)
+        return torch.cat((z1 * torch.exp(log_scale) + eta, z2), dim=1), log_scale
+
+    def _log_scale_and_shift(self, z2: Tensor, low: Tensor) -> tuple[Tensor, Tensor]:
+        rho, eta = self.rho_eta(torch.cat((z2, low), dim=1)).chunk(2, dim=1)
+        return self.clamp * torch.tanh(rho / self.clamp), eta
 
     def output_dims(self, input_dims: list[Any]) -> list[Any]:
         """Unchanged."""

@@ -71,7 +71,7 @@ class MGHFPerceptualLoss(TrainerLoss):
         weights = {name: _checks.number(name, value) for name, value in weights.items()}
         if not any(weights.values()):
             raise ValueError("perceptual_weight and style_weight are 0: there is nothing to compute")
-        unused = set() if weights["perceptual_weight"] else mghf.COEFFICIENTS["paper"].keys() - {"style"}
+        unused = set() if weights["perceptual_weight"] else mghf.OFF.keys() - {"style"}
         unused |= set() if weights["style_weight"] else {"style"}
         if unused:  # neither computed nor their networks loaded
             options["coefficients"] = {**(options.get("coefficients") or {}), **dict.fromkeys(unused, 0.0)}
