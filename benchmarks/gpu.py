@@ -1,8 +1,8 @@
 """What a CUDA GPU shows, in one command: python -m benchmarks.gpu OUT
 
 Needs torch with Triton, and FrEIA, safetensors and huggingface_hub, installed or as folders on PYTHONPATH; the package
-itself is taken from `src`. Ends within eight minutes, and keeps what it has when it is stopped: each part is a process of
-its own with a limit, writes into OUT as it goes, and OUT is packed into OUT.tar.gz after each.
+itself is taken from `src`. Ends within eight minutes, and keeps what it has when it is stopped: each part is a process
+of its own with a limit, writes into OUT as it goes, and OUT is packed into OUT.tar.gz after each.
 
     python -m benchmarks.gpu OUT                 # all parts
     python -m benchmarks.gpu OUT --part losses   # one of them

@@ -16,7 +16,7 @@ import torch
 
 REPOSITORY = Path(__file__).parents[1]
 # A file may import files of lower floors only.
-FLOORS = {"machine": 0, "peers": 0, "losses": 1, "ops": 1, "ops_checks": 2, "gpu": 3}
+FLOORS = {"machine": 0, "peers": 0, "trace": 0, "losses": 1, "ops": 1, "ops_checks": 2, "gpu": 3}
 
 
 def command(out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

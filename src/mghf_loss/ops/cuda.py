@@ -78,8 +78,8 @@ def with_fallback(name: str, kernel: str, formula: Callable[..., Any]) -> Callab
     """Return a function that calls `kernel` of the Triton files, or `formula` where that cannot run.
 
     The first argument is a tensor. What was compiled depends on its channels, on its dtype and that of a second tensor,
-    and on the precision, which is last. Out of memory and failures inside the capture of a CUDA graph are raised. So are
-    mistakes of our own code: a slower path would hide them.
+    and on the precision, which is last. Out of memory and failures inside the capture of a CUDA graph are raised; so
+    are mistakes of our own code: a slower path would hide them.
     """
 
     def run(sr: Tensor, gt: Any, *arguments: Any) -> Any:
