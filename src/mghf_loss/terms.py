@@ -147,9 +147,9 @@ def texture(
     >>> texture(-gt, gt) < 1e-6, texture(0.5 * gt, gt) > 0.3  # blind to the phase, not to the strength
     (tensor(True), tensor(True))
 
-    R = sqrt(mean of F^2 over `window` x `window` locations + eps^2), for each channel and window. Where GT is flat, R_gt
-    is about eps, and added patterns cost; where GT has texture, blur costs. The gradient is bounded, however large an
-    error is.
+    R = sqrt(mean of F^2 over `window` x `window` locations + eps^2), for each channel and window. Where GT is flat,
+    R_gt is about eps, and added patterns cost; where GT has texture, blur costs. The gradient is bounded, however large
+    an error is.
 
     Reference: ours; after local moments of wavelet bands in Portilla and Simoncelli, IJCV 2000.
     """
