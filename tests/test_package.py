@@ -26,6 +26,7 @@ FLOORS = {
     "_checks": 0,
     "_files": 0,
     "_gt_cache": 1,
+    "_random": 0,
     "checkpoints": 1,
     "frozen": 0,
     "ops.convolution": 1,

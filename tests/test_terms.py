@@ -81,12 +81,12 @@ def test_pruned_channels_do_not_count():
     weights[:, 1] = 0
     changed = sr.clone()
     changed[:, 1] *= 7
-    for term in (terms.content, terms.style, terms.correlation):
+    for term in (terms.content, terms.style, terms.correlation, terms.texture):
         assert torch.equal(term(changed, gt, weights), term(sr, gt, weights)), term.__name__
         assert not torch.equal(term(changed, gt), term(sr, gt)), term.__name__
 
 
-@pytest.mark.parametrize("term", [terms.content, terms.style, terms.correlation, terms.patch_nce])
+@pytest.mark.parametrize("term", [terms.content, terms.style, terms.correlation, terms.texture, terms.patch_nce])
 def test_reductions_agree(term):
     sr, gt = levels(batch=3)
     values = term(sr, gt, reduction="none")
@@ -97,13 +97,13 @@ def test_reductions_agree(term):
     torch.testing.assert_close(single, values)  # images of a batch do not see one another
 
 
-@pytest.mark.parametrize("term", [terms.content, terms.style, terms.correlation])
+@pytest.mark.parametrize("term", [terms.content, terms.style, terms.correlation, terms.texture])
 def test_gradcheck(term):
     sr, gt = levels(batch=1, channels=2, size=(2, 3))
     assert torch.autograd.gradcheck(lambda x: term(x, gt), (sr.requires_grad_(),))
 
 
-@pytest.mark.parametrize("term", [terms.content, terms.style, terms.correlation, terms.patch_nce])
+@pytest.mark.parametrize("term", [terms.content, terms.style, terms.correlation, terms.texture, terms.patch_nce])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_levels_are_computed_in_float32_whatever_autocast_says(term, dtype):
     sr, gt = (level.to(dtype) for level in levels())
@@ -114,13 +114,13 @@ def test_half_precision_levels_are_computed_in_float32_whatever_autocast_says(te
     assert torch.equal(got, expected)
 
 
-@pytest.mark.parametrize("term", [terms.content, terms.style, terms.correlation, terms.patch_nce])
+@pytest.mark.parametrize("term", [terms.content, terms.style, terms.correlation, terms.texture, terms.patch_nce])
 def test_an_unknown_reduction_is_refused(term):
     with pytest.raises(ValueError, match=r"reduction must be one of .* got 'max'"):
         term(*levels(), reduction="max")
 
 
-@pytest.mark.parametrize("term", [terms.content, terms.style, terms.correlation, terms.patch_nce])
+@pytest.mark.parametrize("term", [terms.content, terms.style, terms.correlation, terms.texture, terms.patch_nce])
 def test_levels_of_different_shape_are_refused(term):
     with pytest.raises(ValueError, match=r"\(1, 3, 4, 4\) and \(1, 3, 4, 5\)"):
         term(torch.rand(1, 3, 4, 4), torch.rand(1, 3, 4, 5))

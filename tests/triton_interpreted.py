@@ -133,7 +133,7 @@ def whole_loss_case(precision: str) -> None:
     nce_triton.STORED_PLACES = 512
     torch.manual_seed(0)
     inn = HighFrequencyINN(INNConfig(hidden=8))
-    criterion = MGHFLoss(inn=inn, patches=40, precision=precision)
+    criterion = MGHFLoss("paper", inn=inn, patches=40, precision=precision)
     gt = torch.rand(1, 3, 24, 24)
     sr = (gt + 0.2 * torch.randn_like(gt)).requires_grad_()
 

@@ -84,20 +84,21 @@ class FeatureCriterion(Criterion):
     def __init__(
         self,
         coefficients: Mapping[str, float],
-        inn: str | Path | HighFrequencyINN | None,
+        inn: str | Path | HighFrequencyINN,
         conditioning: Conditioning,
         shift: Shift,
         input_range: tuple[float, float],
         reduction: terms.Reduction,
         memory: Memory,
         cache_gt: bool,
+        needs_inn: bool = True,
     ) -> None:
         super().__init__(coefficients, input_range, reduction)
         self.conditioning: Conditioning = _checks.one_of("conditioning", conditioning, Conditioning)
         self.shift: Shift = _checks.one_of("shift", shift, Shift)
         self.memory: Memory = _checks.one_of("memory", memory, Memory)
         self.gt_pyramids: GTCache[list[GTPyramid]] = GTCache(cache_gt)
-        self.inn = None if inn is None else _load(inn)
+        self.inn = _load(inn) if needs_inn else None
 
     @abstractmethod
     def _level_terms(self, sr: Tensor, gt: GTLevel, seed: Tensor) -> dict[str, Tensor]:
@@ -292,13 +293,14 @@ class MGHFLoss(FeatureCriterion):
         active = {name for name, factor in factors.items() if factor}
         super().__init__(
             factors,
-            inn if active - {"dino_jsd"} else None,
+            inn,
             settings.conditioning if conditioning is None else conditioning,
             settings.shift if shift is None else shift,
             input_range,
             reduction,
             memory,
             cache_gt,
+            needs_inn=bool(active - {"dino_jsd"}),
         )
         self.weighting = _checks.one_of("weighting", weighting or settings.weighting, Weighting)
         self.prune = settings.prune if prune is None else _checks.number("prune", prune, below=1)
