@@ -83,7 +83,12 @@ def l1(sr: Tensor, gt: Tensor, generator: torch.Generator | None = None) -> Tens
 
 
 def ours(
-    loss: type[MGHFLoss] | type[MGHFnLoss], device: str, *, network: str = "bundled", dense: bool = False, **options: Any
+    loss: type[MGHFLoss] | type[MGHFnLoss],
+    device: str,
+    *,
+    network: str = "bundled",
+    dense: bool = False,
+    **options: Any,
 ) -> Loss:
     """One of our losses with its constructor's options, and what a configuration cannot say.
 

@@ -96,7 +96,10 @@ def work(arguments: argparse.Namespace) -> None:
         if name != "bundled":
             path = str(train(name, arguments.train, arguments.out, arguments.steps, arguments.device).resolve())
             ratios = gradients(path, sr, gt)
-            found[name] = path, {term: PRESETS[PRESET].coefficients[term] * wanted[term] / ratios[term] for term in ratios}
+            found[name] = (
+                path,
+                {term: PRESETS[PRESET].coefficients[term] * wanted[term] / ratios[term] for term in ratios},
+            )
         network = HighFrequencyINN.from_pretrained(found[name][0])
         generator = torch.Generator().manual_seed(0)
         images = [photographs.middle(image, TUNING_SIDE)[None] for image in photographs.load(arguments.tune)]

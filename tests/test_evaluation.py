@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from mghf_loss import HighFrequencyINN, INNConfig
+from mghf_loss._files import format_table
 from mghf_loss.training import evaluation
 from mghf_loss.training.evaluation import evaluate, file_bits, network_bits, noisy_pixels
 from mghf_loss.training.objective import GREY_LEVEL
@@ -87,7 +88,7 @@ def test_features_of_white_noise_are_normal_and_white(whitener, grey_folder):
         assert row["neighbour_correlation"] < 0.1
     assert sum(row["share_of_bits"] for row in result.levels) == pytest.approx(1)
     # A constant image moves by one pixel without an error: nothing to compare.
-    assert all(row["photographs"] == 0 and math.isnan(row["over_noise"]) for row in result.responses)
+    assert all(row["photographs"] == 0 and row["over_noise"] is None for row in result.responses)
 
 
 def test_responses_of_an_orthonormal_map_are_shares_of_the_error(whitener, textured_folder):
@@ -141,6 +142,33 @@ def test_the_picture_is_of_the_first_readable_image(grey_folder, tmp_path):
 def test_a_packet_has_one_share_for_all_details(grey_folder):
     network = HighFrequencyINN(INNConfig(levels=2, couplings=1, hidden=4, variant="packet")).eval()
     fine, coarse, low_pass = evaluate(network, sorted(grey_folder.glob("*.png")), [6.0], "cpu").levels
-    assert math.isnan(fine["share_of_bits"])
+    assert fine["share_of_bits"] is None
     assert coarse["share_of_bits"] + low_pass["share_of_bits"] == pytest.approx(1)
     assert low_pass["share_of_bits"] == pytest.approx(10 / (10 + 15 * coarse["bits_per_value"]))
+
+
+def test_the_bundled_network_is_shown_beside_another_on_the_same_pixels(textured_folder, tmp_path, capsys):
+    yours = HighFrequencyINN(INNConfig(levels=4, couplings=1, hidden=4))
+    yours.save_pretrained(tmp_path / "my-inn")
+    out = tmp_path / "out"
+    result = evaluation.eval_inn(str(tmp_path / "my-inn"), textured_folder, out, [0.0], "cpu")
+    assert [row["coder"] for row in result.coders] == ["my-inn", "PNG", "WebP", "bundled"]
+    assert len({row["bits_per_value"] for row in result.coders}) == 4
+    levels = [(row["network"], row["level"]) for row in result.levels]
+    assert levels[:5] == [("my-inn", name) for name in ("level 1", "level 2", "level 3", "level 4", "low-pass")]
+    assert levels[5:] == [("bundled", name) for name in ("fine", "medium", "coarse", "low-pass")]
+    assert len(result.responses) == 12
+    for name in ("coders", "levels", "responses"):
+        with (out / f"{name}.csv").open() as file:
+            text = file.read()
+        assert "nan" not in text
+    # On the same pixels, cut for the larger stride.
+    bundled = HighFrequencyINN.from_pretrained("bundled")
+    alone = evaluate(bundled, list(textured_folder.glob("*.png")), [0.0], "cpu", stride=16, files=False)
+    assert [row["bits_per_value"] for row in alone.coders] == [result.coders[3]["bits_per_value"]]
+    assert "nan" not in format_table(result.levels) + format_table(result.responses)
+
+
+def test_a_dash_stands_for_a_missing_value_and_an_empty_column_is_left_out():
+    table = [{"name": "a", "x": 1.0, "none": None}, {"name": "b", "x": None, "none": None}]
+    assert format_table(table).split() == ["name", "x", "a", "1", "b", "-"]

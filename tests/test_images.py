@@ -15,7 +15,7 @@ import tifffile
 import torch
 from PIL import ExifTags, Image
 
-from mghf_loss._files import check_output, locked, read_image
+from mghf_loss._files import check_output, image_size, locked, read_image, read_pixels
 from mghf_loss.criterion import rescale
 from mghf_loss.inn import pad_to_multiple
 
@@ -83,14 +83,50 @@ def test_decoders_raise_what_they_like_and_the_file_is_named(damaged, tmp_path):
 @pytest.mark.parametrize(
     ("suffix", "channels"), [("png", 1), ("png", 2), ("png", 3), ("png", 4), ("tif", 1), ("tif", 3), ("tif", 4)]
 )
-def test_16_bits_are_refused_instead_of_cut_to_8(suffix, channels, tmp_path):
+def test_16_bits_are_read_exactly_and_never_cut_to_8(suffix, channels, tmp_path):
     pixels = np.random.default_rng(0).integers(0, 65536, (6, 5, channels), dtype=np.uint16)
     path = tmp_path / f"deep.{suffix}"
     path.write_bytes(deep_png(pixels) if suffix == "png" else deep_tiff(pixels))
-    with Image.open(path) as opened:
-        opened.load()  # the file is fine
+    expected = pixels / 65535.0
+    if channels in {2, 4}:
+        alpha = expected[..., -1:]
+        expected = expected[..., :-1] * alpha + 1 - alpha
+    expected = np.broadcast_to(expected, (6, 5, 3)).transpose(2, 0, 1)[None]
+    np.testing.assert_allclose(read_image(path).numpy(), expected, rtol=0, atol=1e-6)
     with pytest.raises(OSError, match=rf"cannot read image .*deep\.{suffix}: more than 8 bits a channel"):
-        read_image(path)
+        read_pixels(path)  # bytes
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"photometric": "rgb", "planarconfig": "separate"},
+        {"photometric": "miniswhite"},
+        {"photometric": "minisblack", "extratags": [(274, 3, 1, 6, True)]},
+    ],
+    ids=["planar", "inverted", "turned"],
+)
+def test_16_bits_that_opencv_would_misread_are_refused(options, tmp_path):
+    shape = (3, 6, 5) if options["photometric"] == "rgb" else (6, 5)
+    tifffile.imwrite(tmp_path / "deep.tif", np.ones(shape, np.uint16), **options)
+    with pytest.raises(OSError, match=r"deep\.tif: 16 bits a channel that are planar, inverted or turned"):
+        read_image(tmp_path / "deep.tif")
+
+
+def test_other_numbers_than_16_bits_are_named(tmp_path):
+    tifffile.imwrite(tmp_path / "wide.tif", np.ones((6, 5), np.int32))
+    with pytest.raises(OSError, match=r"wide\.tif: it is of int32, expected unsigned integers of 16 bits"):
+        read_image(tmp_path / "wide.tif")
+    (tmp_path / "cut.png").write_bytes(deep_png(np.ones((64, 64, 3), np.uint16))[:60])
+    with pytest.raises(OSError, match=r"cut\.png: image file is truncated"):
+        read_image(tmp_path / "cut.png")
+
+
+def test_the_size_of_a_file_is_that_of_the_upright_image(tmp_path):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    Image.new("RGB", (32, 16)).save(tmp_path / "turned.png", exif=exif)
+    assert image_size(tmp_path / "turned.png") == read_image(tmp_path / "turned.png").shape[2:] == (32, 16)
 
 
 def deep_png(pixels: np.ndarray) -> bytes:

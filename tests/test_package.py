@@ -29,6 +29,7 @@ FLOORS = {
     "_random": 0,
     "checkpoints": 1,
     "frozen": 0,
+    "ops.convolution": 1,
     "ops.statistics": 1,
     "ops.nce": 2,
     "ops.statistics_triton": 2,

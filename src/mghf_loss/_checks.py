@@ -92,13 +92,9 @@ def image(name: str, value: Any, least_size: int = 1) -> None:
     shape = tuple(value.shape)
     if value.ndim != 4:
         raise ValueError(f"{name} must have shape (B, 3, H, W), got {shape}")
-    if shape[1] == 1:
-        raise ValueError(
-            f"{name} must have 3 channels (RGB), got 1 (shape {shape}); "
-            f"for grey images use {name}.expand(-1, 3, -1, -1)"
-        )
     if shape[1] != 3:
-        raise ValueError(f"{name} must have 3 channels (RGB), got {shape[1]} (shape {shape})")
+        remedy = f"; for grey images use {name}.expand(-1, 3, -1, -1)" if shape[1] == 1 else ""
+        raise ValueError(f"{name} must have 3 channels (RGB), got {shape[1]} (shape {shape}){remedy}")
     if shape[0] < 1:
         raise ValueError(f"{name} must hold at least one image, got shape {shape}")
     if min(shape[-2:]) < least_size:

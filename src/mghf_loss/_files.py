@@ -68,7 +68,11 @@ def check_output(path: Path, suffixes: Collection[str] | None = None) -> None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep `folder` to this process; raise `OSError` where another has it. The system frees it for a killed process."""
+    """Make `folder` and keep it to this process; raise `OSError` where another has it, or nothing can be written.
+
+    The system frees it for a killed process.
+    """
+    check_output(folder)
     # A file, as network file systems lock no folder. It stays: who removes a lock may remove that of another.
     with (folder / LOCK_FILE).open("wb") as file:
         try:
@@ -94,9 +98,10 @@ def write_table(path: Path, table: Sequence[Mapping[str, object]]) -> None:
 
 
 def format_table(table: Sequence[Mapping[str, object]]) -> str:
-    """Align the rows in columns."""
-    rows = [[f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()] for row in table]
-    rows.insert(0, list(table[0]))
+    """Align the rows in columns; None is a dash, and a column of nothing else is left out."""
+    names = [name for name in table[0] if any(row[name] is not None for row in table)]
+    rows = [[_cell(row[name]) for name in names] for row in table]
+    rows.insert(0, names)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(
@@ -105,6 +110,12 @@ def format_table(table: Sequence[Mapping[str, object]]) -> str:
         )
         for row in rows
     )
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 @contextmanager
@@ -128,20 +139,72 @@ def read_pixels(source: str | Path | BinaryIO, name: str | None = None) -> Tenso
     Needs Pillow, which cuts colours of 16 bits to 8: files of more than 8 bits a channel are refused. Raises `OSError`,
     with `name` or else the path, for those and where it is missing, damaged or no image.
     """
-    import numpy as np
-    from PIL import Image, ImageOps
-
     with open_image(source, name) as image:
-        if image.mode.startswith(("I", "F")) or ";16" in str(image.tile):
+        if _is_deep(image):
             raise OSError("more than 8 bits a channel are not supported, convert it to 8")
-        upright = ImageOps.exif_transpose(image)
-        if upright.has_transparency_data:
-            upright = upright.convert("RGBA")
-            upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright)
-        pixels = np.asarray(upright.convert("RGB"))
-    return torch.from_numpy(pixels.copy()).permute(2, 0, 1)
+        return _upright_rgb(image)
 
 
 def read_image(path: str | Path) -> Tensor:
-    """Read an image file as (1, 3, H, W) RGB in [0, 1]; see `read_pixels`."""
-    return read_pixels(path)[None].float() / 255
+    """Read an image file of 8 or 16 bits a channel as (1, 3, H, W) RGB in [0, 1], float32; else like `read_pixels`.
+
+    OpenCV reads PNG and TIFF of 16 bits. Layouts that it reads wrongly are refused: planar or inverted TIFF, and files
+    that an EXIF tag turns.
+    """
+    with open_image(path) as image:
+        if not _is_deep(image):
+            return _upright_rgb(image)[None].float().div_(255)
+        tags = getattr(image, "tag_v2", {})
+        if image.format not in {"PNG", "TIFF"} or image.mode.startswith("F"):
+            raise OSError("more than 8 bits a channel are read from PNG and TIFF of integers only")
+        if tags.get(PLANAR) == 2 or tags.get(PHOTOMETRIC) == 0 or image.getexif().get(ORIENTATION, 1) != 1:
+            raise OSError("16 bits a channel that are planar, inverted or turned by EXIF: save them as plain RGB")
+        image.load()  # raises where the file is cut off; OpenCV would fill it up
+    return _read_16_bits(Path(path)).permute(2, 0, 1)[None].contiguous()
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """Return (H, W) of an image file, upright, from its header; raise `OSError` as `read_image`."""
+    with open_image(path) as image:
+        width, height = image.size
+        return (width, height) if image.getexif().get(ORIENTATION, 1) >= 5 else (height, width)
+
+
+# Tags of TIFF and EXIF.
+BITS, PHOTOMETRIC, ORIENTATION, PLANAR = 258, 262, 274, 284
+
+
+def _is_deep(image: ImageFile) -> bool:
+    """Whether a file has more than 8 bits a channel."""
+    bits = getattr(image, "tag_v2", {}).get(BITS, 8)
+    most = max(bits) if isinstance(bits, tuple) else bits
+    return most > 8 or image.mode.startswith(("I", "F")) or ";16" in str(image.tile)
+
+
+def _upright_rgb(image: ImageFile) -> Tensor:
+    import numpy as np
+    from PIL import Image, ImageOps
+
+    upright = ImageOps.exif_transpose(image)
+    if upright.has_transparency_data:
+        upright = upright.convert("RGBA")
+        upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright)
+    return torch.from_numpy(np.asarray(upright.convert("RGB")).copy()).permute(2, 0, 1)
+
+
+def _read_16_bits(path: Path) -> Tensor:
+    """Read (H, W, 3) RGB in [0, 1]."""
+    import cv2
+    import numpy as np
+
+    # Decoded from memory, because OpenCV opens no path beyond the code page of Windows.
+    pixels = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)
+    if pixels is None or pixels.dtype != np.uint16:
+        kind = "damaged" if pixels is None else f"of {pixels.dtype}"
+        raise OSError(f"cannot read image {path}: it is {kind}, expected unsigned integers of 16 bits")
+    image = torch.from_numpy(pixels.astype(np.float32)) / 65535
+    if image.ndim == 2:
+        return image[..., None].expand(-1, -1, 3)
+    colours = image[..., [2, 1, 0]]  # OpenCV's order is blue, green, red, alpha
+    alpha = image[..., 3:]
+    return colours * alpha + (1 - alpha) if image.shape[2] == 4 else colours

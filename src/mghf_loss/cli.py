@@ -22,8 +22,10 @@ from . import __version__
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .mghf import MGHFLoss
+    from .compare import Measured
 
+DEVICE_HELP = "cpu, cuda or cuda:N [cuda where there is one, else cpu]"
+HEAT_TILE = 128  # of heat maps with PatchNCE
 EXTRAS = {"train-inn": "train", "eval-inn": "train"}  # what a command needs where it is not "demo"
 
 
@@ -70,26 +72,37 @@ def _interrupted(options: argparse.Namespace) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    import torch
-
     parser = argparse.ArgumentParser(prog="mghf-loss", description="MGHF perceptual losses for super-resolution")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
-    formatter = argparse.ArgumentDefaultsHelpFormatter
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    formatter = _Formatter
 
-    compare = commands.add_parser("compare", help="print every term of two images", formatter_class=formatter)
-    compare.add_argument("sr", type=Path, help="super-resolved image")
-    compare.add_argument("gt", type=Path, help="ground truth of the same size")
-    compare.add_argument("--heatmap", type=Path, metavar="OUT.png", help="write where each term arises")
+    compare = commands.add_parser(
+        "compare",
+        help="PSNR, SSIM and every term of two images or two folders",
+        description="Print PSNR, SSIM, every term and the total of two images or of two folders of images, and the "
+        "same of bicubic interpolation as a yardstick. Files of two folders belong together where their names agree "
+        "but for the suffix; others are named and skipped. PNG and TIFF may have 16 bits a channel. All terms are 0 "
+        "for equal images. mghf_loss.metric.distance computes the same values in Python.",
+        formatter_class=formatter,
+    )
+    compare.add_argument("sr", type=Path, help="super-resolved image, or folder of images")
+    compare.add_argument("gt", type=Path, help="ground truth of the same size, or folder of images")
+    compare.add_argument("--csv", type=Path, metavar="OUT.csv", help="write a row for each image")
+    compare.add_argument("--json", type=Path, metavar="OUT.json", help="write values, means, settings, skipped files")
+    compare.add_argument(
+        "--heatmap", type=Path, metavar="OUT", help="write where each term arises: a picture, or a folder of pictures"
+    )
+    compare.add_argument("--preset", help="preset of MGHFLoss [its default]")
     compare.add_argument("--inn", default="bundled", help="checkpoint of the invertible network")
-    compare.add_argument("--dino", action="store_true", help="add the DINO term (fetches DINOv2 from the Hub)")
-    compare.add_argument("--patches", type=int, default=256, help="random places of PatchNCE per level")
-    compare.add_argument("--device", type=_device, default=device, help="cpu, cuda or cuda:N")
+    compare.add_argument("--dino", action="store_true", help="add the DINO term, which downloads DINOv2 from the Hub")
+    compare.add_argument("--patches", type=int, default=256, help="locations of PatchNCE per level of a tile")
+    compare.add_argument("--tile", type=int, default=512, help="largest side of a tile in pixels, a multiple of 8")
+    compare.add_argument("--device", type=_usable, help=DEVICE_HELP)
     compare.set_defaults(run=_compare)
 
     info = commands.add_parser(
-        "info", help="print versions, devices, checkpoint and code path", formatter_class=formatter
+        "info", help="versions, devices, checkpoint and code path of this installation", formatter_class=formatter
     )
     info.add_argument("--inn", default="bundled", help="checkpoint of the invertible network")
     info.set_defaults(run=_info)
@@ -99,64 +112,89 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--out", type=Path, default=Path("mghf-demo"), help="folder for table and pictures")
     demo.add_argument("--steps", type=int, default=500, help="training steps of each model")
-    demo.add_argument("--seed", type=int, default=0, help="of initialisation and crops")
-    demo.add_argument("--device", type=_device, default=device, help="cpu, cuda or cuda:N")
+    demo.add_argument("--seed", type=int, default=0, help="seed of initialisation and crops")
+    demo.add_argument("--device", type=_usable, help=DEVICE_HELP)
     demo.set_defaults(run=_demo)
 
     train = commands.add_parser(
         "train-inn",
         help="train an invertible network on your images",
-        description="Train an invertible network on your images. On several GPUs or nodes: "
+        description="Train an invertible network on your images. The defaults take about an hour on one core of a CPU; "
+        "time grows with steps x batch x crop^2. A killed run goes on with the same command. On several GPUs or nodes: "
         "accelerate launch $(which mghf-loss) train-inn ...",
         formatter_class=formatter,
     )
-    data = train.add_mutually_exclusive_group(required=True)
+    images = train.add_argument_group("images")
+    data = images.add_mutually_exclusive_group(required=True)
     data.add_argument("--images", type=Path, help="folder of images, searched recursively")
     data.add_argument("--dataset", help="name or path for datasets.load_dataset, for instance imagenet-1k")
-    train.add_argument("--dataset-config", help="name of its configuration, where it has several")
-    train.add_argument("--split", default="train", help="of the data set")
-    train.add_argument("--streaming", action="store_true", help="read the data set as it comes, download nothing first")
-    train.add_argument("--validation", type=Path, help="folder of images for the held-out code length")
-    train.add_argument("--held-out", type=int, default=0, help="training images set aside for it, instead")
-    train.add_argument("--out", type=Path, default=Path("runs/inn"), help="folder for network, state, pictures, logs")
-    train.add_argument("--steps", type=int, default=20_000, help="optimiser steps, fixed for a run and its resumptions")
-    train.add_argument("--batch", type=int, default=16, help="crops per step, over all processes")
-    train.add_argument("--crop", type=int, default=96, help="side of a crop in pixels")
-    train.add_argument("--least-scale", type=float, default=0.5, help="images are reduced by a factor from here to 1")
-    train.add_argument("--dead-leaves", type=float, default=0.0, help="fraction of synthetic dead-leaves crops")
-    train.add_argument("--learning-rate", type=float, default=2e-3, help="peak of the cosine schedule")
-    train.add_argument("--ema", type=float, default=0.999, help="decay of the averaged parameters")
-    train.add_argument("--precision", choices=("no", "bf16"), help="of the conditioning convolutions while training")
-    train.add_argument("--save-every", type=int, default=500, help="steps between checkpoints and evaluations")
-    train.add_argument("--threads", type=int, default=2, help="decoding images, per process")
-    train.add_argument("--tensorboard", action="store_true", help="write TensorBoard logs to OUT/logs")
-    train.add_argument("--seed", type=int, default=0, help="of initialisation, crops and noise")
-    train.add_argument("--variant", default="pyramid", choices=("pyramid", "packet"), help="what a level decomposes")
-    train.add_argument("--levels", type=int, default=3, help="Haar levels")
-    train.add_argument("--couplings", type=int, default=2, help="coupling modules per level")
-    train.add_argument("--hidden", type=int, default=32, help="width of the bottleneck blocks")
-    train.add_argument("--clamp", type=float, default=2.0, help="bound of the log-scales")
-    train.add_argument("--mixing", default="learned", choices=("learned", "fixed"), help="channel mixing")
-    train.add_argument("--noise-floor", type=float, default=12.0, help="noise on the training images, in 1/255")
-    train.add_argument("--cpu", action="store_true", help="stay off the GPU")
+    images.add_argument("--dataset-config", help="configuration of a dataset that has several")
+    images.add_argument("--split", default="train", help="dataset split")
+    images.add_argument(
+        "--streaming", action="store_true", help="read the dataset from the Hub without a download first"
+    )
+    images.add_argument("--validation", type=Path, help="folder of images for the held-out code length")
+    images.add_argument("--held-out", type=int, default=0, help="training images set aside for it, instead")
+    images.add_argument("--crop", type=int, default=96, help="side of a crop in pixels")
+    images.add_argument("--least-scale", type=float, default=0.5, help="smallest random reduction of an image")
+    images.add_argument("--dead-leaves", type=float, default=0.0, help="fraction of synthetic dead-leaves crops")
+    network = train.add_argument_group("network")
+    network.add_argument(
+        "--variant", default="pyramid", choices=("pyramid", "packet"), help="bands that a level splits"
+    )
+    network.add_argument("--levels", type=int, default=3, help="Haar levels")
+    network.add_argument("--couplings", type=int, default=2, help="coupling modules per level")
+    network.add_argument("--hidden", type=int, default=32, help="width of the bottleneck blocks")
+    network.add_argument("--clamp", type=float, default=2.0, help="bound of the log-scales")
+    network.add_argument("--mixing", default="learned", choices=("learned", "fixed"), help="channel mixing")
+    network.add_argument("--noise-floor", type=float, default=12.0, help="noise on the training images, in 1/255")
+    training = train.add_argument_group("training")
+    training.add_argument("--steps", type=int, default=20_000, help="optimiser steps, the same when a run is resumed")
+    training.add_argument("--batch", type=int, default=16, help="crops per step, over all processes")
+    training.add_argument("--learning-rate", type=float, default=2e-3, help="peak of the cosine schedule")
+    training.add_argument("--ema", type=float, default=0.999, help="decay of the averaged parameters")
+    training.add_argument("--precision", choices=("no", "bf16"), help="precision of the conditioning convolutions")
+    training.add_argument("--seed", type=int, default=0, help="seed of initialisation, crops and noise")
+    training.add_argument("--threads", type=int, default=2, help="threads that decode images, per process")
+    training.add_argument("--cpu", action="store_true", help="stay off the GPU")
+    output = train.add_argument_group("output")
+    output.add_argument("--out", type=Path, default=Path("runs/inn"), help="folder for network, state, pictures, logs")
+    output.add_argument("--save-every", type=int, default=500, help="steps between checkpoints and evaluations")
+    output.add_argument("--tensorboard", action="store_true", help="write TensorBoard logs to OUT/logs")
     train.set_defaults(run=_train_inn)
 
     evaluate = commands.add_parser(
-        "eval-inn", help="measure an invertible network on photographs", formatter_class=formatter
+        "eval-inn",
+        help="measure an invertible network on photographs, beside the bundled one",
+        formatter_class=formatter,
     )
     evaluate.add_argument("images", type=Path, help="folder of images, searched recursively")
     evaluate.add_argument("--inn", default="bundled", help="checkpoint of the invertible network")
-    evaluate.add_argument("--noise", type=float, nargs="+", help="in 1/255 [the network's noise floor, and 0]")
+    evaluate.add_argument(
+        "--noise", type=float, nargs="+", help="noise levels in 1/255 [the network's noise floor, and 0]"
+    )
     evaluate.add_argument("--out", type=Path, default=Path("inn-evaluation"), help="folder for tables and figures")
-    evaluate.add_argument("--features-of", type=Path, metavar="IMAGE", help="drawn in features.png [the first]")
-    evaluate.add_argument("--device", type=_device, default=device, help="cpu, cuda or cuda:N")
+    evaluate.add_argument("--features-of", type=Path, metavar="IMAGE", help="image drawn in features.png [the first]")
+    evaluate.add_argument("--device", type=_usable, help=DEVICE_HELP)
     evaluate.set_defaults(run=_eval_inn)
     return parser
 
 
-def _device(name: str) -> str:
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Show defaults but for those that say nothing."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default in (None, False):
+            return action.help
+        return super()._get_help_string(action)
+
+
+def _usable(name: str | None) -> str:
+    """Return the name of a device that works: by default the GPU where there is one."""
     import torch
 
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
@@ -165,61 +203,71 @@ def _device(name: str) -> str:
 
 
 def _compare(options: argparse.Namespace) -> None:
-    import torch
-
-    from . import _checks
-    from ._files import check_output, read_image
+    from ._files import check_output, format_table
+    from .metric import heatmap, tile_slices
     from .mghf import MGHFLoss
 
+    folders = options.sr.is_dir()
+    for path, suffix in ((options.csv, ".csv"), (options.json, ".json")):
+        if path is not None:
+            check_output(path, [suffix])
     if options.heatmap is not None:
         from matplotlib.backend_bases import FigureCanvasBase
 
-        check_output(options.heatmap, [f".{kind}" for kind in FigureCanvasBase.get_supported_filetypes()])
-    sr, gt = (read_image(path).to(options.device) for path in (options.sr, options.gt))
-    _checks.pair(sr, gt)
+        kinds = None if folders else [f".{kind}" for kind in FigureCanvasBase.get_supported_filetypes()]
+        check_output(options.heatmap, kinds)
+    tile_slices(1, 1, options.tile)  # raises where it is no size of a tile
+
+    from . import compare
+
+    device = _usable(options.device)
+    preset = {} if options.preset is None else {"preset": options.preset}
     coefficients = {"dino_jsd": 1.0} if options.dino else {}
-    criterion = MGHFLoss(coefficients=coefficients, inn=options.inn, patches=options.patches).to(options.device)
-    generator = torch.Generator(options.device).manual_seed(0)
-    loss, terms = criterion(sr, gt, return_terms=True, generator=generator)
-    print(f"{'term':<12}{'value':>12}{'coefficient':>14}{'share':>9}")
-    for name, value in terms.items():
-        coefficient = criterion.coefficients[name]
-        share = coefficient * value / loss if loss else torch.zeros(())
-        print(f"{name:<12}{value.item():>12.5g}{coefficient:>14.4g}{share.item():>9.1%}")
-    print(f"{'MGHFLoss':<12}{loss.item():>12.5g}")
-    if options.heatmap is not None:
-        _plot_heatmap(options.heatmap, criterion, sr, gt)
-        print(f"wrote {options.heatmap}")
+
+    def build(patches: int | None) -> MGHFLoss:
+        settings = {"coefficients": coefficients, "inn": options.inn, "patches": patches, "cache_gt": True}
+        return MGHFLoss(**preset, **settings).to(device)
+
+    criterion = build(options.patches)
+    dense = None if options.heatmap is None else build(None)
+    # With all locations PatchNCE takes time with the square of a tile's area.
+    heat_tile = min(options.tile, HEAT_TILE) if criterion.coefficients.get("patch_nce") else options.tile
+
+    def draw(values: Measured, sr: Tensor, gt: Tensor) -> None:
+        if dense is None:
+            return
+        path = options.heatmap / f"{values.name}.png" if folders else options.heatmap
+        path.parent.mkdir(parents=True, exist_ok=True)
+        compare.plot_heatmap(path, sr, gt, heatmap(dense, sr, gt, tile=heat_tile))
+
+    result = compare.compare_files(criterion, options.sr, options.gt, tile=options.tile, device=device, each=draw)
+    arrows = compare.ARROWS if _prints(compare.ARROWS) else "^v"
+    if folders:
+        table = compare.folder_table(result, arrows)
+    else:
+        table = compare.pair_table(result.images[0], criterion.coefficients, arrows)
+    print(format_table(table))
+    print(f"PSNR and SSIM of RGB; terms are means over tiles of at most {options.tile} x {options.tile} pixels")
+    print("bicubic x4: GT reduced to a quarter and enlarged again")
+    if options.csv is not None:
+        compare.write_csv(options.csv, result)
+    if options.json is not None:
+        settings = {"version": __version__, "tile": options.tile, "patches": options.patches, "inn": options.inn}
+        compare.write_json(options.json, result, {**settings, "coefficients": dict(criterion.coefficients)})
+    for path in filter(None, (options.csv, options.json, options.heatmap)):
+        print(f"wrote {path}")
+    for name, reason in result.skipped.items():
+        print(f"skipped {name}: {reason}", file=sys.stderr)
+    if result.skipped:
+        print(f"{len(result.images)} pairs compared, {len(result.skipped)} names skipped", file=sys.stderr)
 
 
-def _plot_heatmap(path: Path, criterion: MGHFLoss, sr: Tensor, gt: Tensor) -> None:
-    import numpy as np
-    import torch
-    from matplotlib import pyplot as plt
-
-    from ._files import write_atomically
-
-    generator = torch.Generator(sr.device).manual_seed(0)
-    maps = criterion.heatmap(sr, gt, generator=generator)
-    panels = {name: image[0].permute(1, 2, 0).cpu().numpy() for name, image in (("SR", sr), ("GT", gt))}
-    panels |= {name: heat[0].cpu().numpy() for name, heat in maps.items()}
-    columns = (len(panels) + 1) // 2
-    width = 4.0
-    height = width * min(max(sr.shape[-2] / sr.shape[-1], 0.4), 1.6)
-    figure, axes = plt.subplots(2, columns, figsize=(width * columns, 2 * height + 1.2), layout="constrained")
-    figure.suptitle("norm of the gradient of coefficient x term with respect to SR; every panel has its own scale")
-    for axis in axes.flat:
-        axis.set_axis_off()
-    for axis, (name, panel) in zip(axes.flat, panels.items(), strict=False):
-        axis.set_title(name)
-        if panel.ndim == 3:
-            axis.imshow(panel)
-        else:
-            # One pixel in a hundred may saturate, so that a single speck does not darken the rest.
-            high = max(float(np.quantile(panel, 0.99)), 1e-30)
-            figure.colorbar(axis.imshow(panel, cmap="inferno", vmin=0, vmax=high), ax=axis, shrink=0.8)
-    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=110))
-    plt.close(figure)
+def _prints(text: str) -> bool:
+    try:
+        text.encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _info(options: argparse.Namespace) -> None:
@@ -249,8 +297,9 @@ def _demo(options: argparse.Namespace) -> None:
     from .demo import run_demo
 
     _checks.integer("--steps", options.steps, least=1)
-    table = run_demo(options.out, options.steps, options.seed, options.device)
-    print(f"\nphotographs not trained on, x4, {options.steps} steps, seed {options.seed}, {options.device}")
+    device = _usable(options.device)
+    table = run_demo(options.out, options.steps, options.seed, device)
+    print(f"\nphotographs not trained on, x4, {options.steps} steps, seed {options.seed}, {device}")
     print(format_table(table))
     print(f"wrote {options.out}/table.csv, crops.png (side by side), terms.png (curves)")
 
@@ -274,15 +323,14 @@ def _eval_inn(options: argparse.Namespace) -> None:
 
     for noise in options.noise or ():
         _checks.number("--noise", noise)
-    result = eval_inn(
-        options.inn, options.images, options.out, options.noise or (), options.device, options.features_of
-    )
+    device = _usable(options.device)
+    result = eval_inn(options.inn, options.images, options.out, options.noise or (), device, options.features_of)
     skipped = f", {len(result.skipped)} skipped" if result.skipped else ""
-    print(f"\n{result.photographs} photographs{skipped}, {options.inn}, {options.device}")
+    print(f"\n{result.photographs} photographs{skipped}, {options.inn}, {device}")
     print(f"largest error of the inverse: {result.inverse_error:.2g}\n")
     for title, table in (
-        ("code length of the same 8-bit pixels", result.coders),
-        ("features, with noise of the network's floor", result.levels),
+        ("code length of the same 8-bit pixels in bits per value, lower is better", result.coders),
+        ("features, with noise of the network's floor; of a perfect model std is 1, the rest 0", result.levels),
         ("feature MSE over that of white noise, at the pixel MSE of a one-pixel shift", result.responses),
     ):
         print(f"{title}\n{format_table(table)}\n")

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
-import torch.nn.functional as F
 from FrEIA.framework import SequenceINN
 from FrEIA.modules import HaarDownsampling
 from huggingface_hub import ModelHubMixin
@@ -18,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from . import _checks, _files, checkpoints
 from .coupling import AffineCoupling, ChannelMixing
+from .ops.convolution import convolution
 
 Variant = Literal["pyramid", "packet"]
 Mixing = Literal["learned", "fixed"]
@@ -126,7 +126,9 @@ class Level(nn.Module):
         return details, low, 0.0
 
     def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        bands = self.haar((x,), jac=False)[0][0].unflatten(1, (-1, 4))
+        # FrEIA's module, which on CUDA may run in tf32, as one convolution.
+        bands = convolution(x, self.haar.haar_weights, stride=2, groups=x.shape[1]) * self.haar.fac_fwd
+        bands = bands.unflatten(1, (-1, 4))
         return torch.cat((bands[:, 3:, 0], bands[:, :, 1:].flatten(1, 2)), dim=1), bands[:, :3, 0]
 
     def _first_step(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -171,7 +173,8 @@ class Level(nn.Module):
         smooth, rest = details.split((channels - 3, 3 * channels), dim=1)
         smooth = torch.cat((low, smooth), dim=1)
         bands = torch.cat((smooth[:, :, None], rest.unflatten(1, (channels, 3))), dim=2)
-        return self.haar((bands.flatten(1, 2),), rev=True, jac=False)[0][0]
+        bands = bands.flatten(1, 2) * self.haar.fac_rev
+        return convolution(bands, self.haar.haar_weights, stride=2, groups=channels, transposed=True)
 
 
 class HighFrequencyINN(
@@ -358,6 +361,11 @@ class HighFrequencyINN(
 
 def pad_to_multiple(image: Tensor, multiple: int) -> Tensor:
     """Pad (B, C, H, W) by reflection at the bottom and right to H, W multiples of `multiple`."""
-    # Written without a negative dividend, which torch.compile cannot follow where sizes are symbolic.
-    bottom, right = ((multiple - size % multiple) % multiple for size in image.shape[-2:])
-    return F.pad(image, (0, right, 0, bottom), mode="reflect") if bottom or right else image
+    # Written without a negative dividend, which torch.compile cannot follow where sizes are symbolic. By slices: the
+    # gradient of F.pad's reflection adds in any order on CUDA.
+    for dim in (-2, -1):
+        size = image.shape[dim]
+        missing = (multiple - size % multiple) % multiple
+        if missing:
+            image = torch.cat((image, image.narrow(dim, size - 1 - missing, missing).flip(dim)), dim)
+    return image

@@ -13,8 +13,9 @@ TRAINING_PHOTOGRAPHS = ("astronaut", "rocket", "camera", "stereo_motorcycle")
 class SmallSR(nn.Module):
     """A small EDSR: residual blocks at low resolution, pixel shuffle, added to bicubic."""
 
-    def __init__(self, width: int = 32, blocks: int = 4, in_channels: int = 3) -> None:
+    def __init__(self, width: int = 32, blocks: int = 4, in_channels: int = 3, scale: int = SCALE) -> None:
         super().__init__()
+        self.scale = scale
         self.head = nn.Conv2d(in_channels, width, 3, padding=1)
         self.blocks = nn.ModuleList(
             nn.Sequential(
@@ -22,7 +23,7 @@ class SmallSR(nn.Module):
             )
             for _ in range(blocks)
         )
-        self.tail = nn.Conv2d(width, 3 * SCALE**2, 3, padding=1)
+        self.tail = nn.Conv2d(width, 3 * scale**2, 3, padding=1)
         for parameter in self.tail.parameters():  # training starts from bicubic
             nn.init.zeros_(parameter)
 
@@ -31,11 +32,11 @@ class SmallSR(nn.Module):
         return upscale(lr) + self.residual(lr)
 
     def residual(self, x: Tensor) -> Tensor:
-        """Map (B, C, h, w), C the constructor's `in_channels`, to what is added to an image (B, 3, 4h, 4w)."""
+        """Map (B, C, h, w), C the constructor's `in_channels`, to what is added to an image, `scale` times as large."""
         x = self.head(x)
         for block in self.blocks:
             x = x + block(x)
-        return F.pixel_shuffle(self.tail(x), SCALE)
+        return F.pixel_shuffle(self.tail(x), self.scale)
 
 
 def upscale(lr: Tensor) -> Tensor:

@@ -81,18 +81,13 @@ class MGHFLogger(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check what would otherwise fail after hours."""
-        self._check(trainer, pl_module)
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check again, for `Trainer.validate`."""
-        self._check(trainer, pl_module)
-
-    def _check(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not isinstance(uncompiled(getattr(pl_module, self.criterion, None)), Criterion):
             raise TypeError(f"{type(pl_module).__name__}.{self.criterion} must be a loss of mghf-loss for MGHFLogger")
         dry = getattr(trainer, "fast_dev_run", False)
         if trainer.is_global_zero and not dry and not self._writers(trainer):
             raise ValueError(f"MGHFLogger needs a TensorBoardLogger, got the loggers {trainer.loggers}")
+
+    on_validation_start = on_fit_start  # for `Trainer.validate`
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count from here: the steps before a resumption were logged."""

@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import io
 import math
-import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib import pyplot as plt
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from .._files import check_output, read_image, read_pixels, write_atomically, write_table
 from ..inn import HighFrequencyINN
-from .data import list_images
+from .data import list_images, read_or_skip
 from .objective import add_noise, bits_per_detail, code_length
 
-Row = dict[str, object]
+Row = dict[str, Any]
 SHIFT = "shift by one pixel"
 LEVEL_NAMES = ("fine", "medium", "coarse")
+FEATURE_STATISTICS = ("std", "std_without_noise", "excess_kurtosis", "neighbour_correlation")
 # How near to the asked mean squared error a distortion must come to be compared with the others.
 TOLERANCE = 0.1
 RESPONSE_SIDE = 256  # responses are measured on the middle of a photograph
@@ -33,7 +35,7 @@ RESPONSE_SIDE = 256  # responses are measured on the middle of a photograph
 class Evaluation:
     """Tables of `evaluate`, each a list of rows: one per coder and noise, per level, per distortion.
 
-    `photographs` is the number of those measured, `skipped` names the others.
+    A value that does not exist is None. `photographs` is the number of those measured, `skipped` names the others.
     """
 
     coders: list[Row]
@@ -45,13 +47,21 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(network: HighFrequencyINN, paths: Sequence[Path], noises: Sequence[float], device: str) -> Evaluation:
-    """Measure a network on image files, at full size, cut to multiples of 2^levels.
+def evaluate(
+    network: HighFrequencyINN,
+    paths: Sequence[Path],
+    noises: Sequence[float],
+    device: str,
+    *,
+    stride: int | None = None,
+    files: bool = True,
+) -> Evaluation:
+    """Measure a network on image files, at full size, cut to multiples of `stride`, by default 2^levels.
 
     - Code length: bits per value of photographs with Gaussian noise of standard deviation `noises` (1/255), rounded
-      and clipped to 8 bits, by the network, PNG and WebP (both lossless, at their best setting), on the very same
-      pixels, headers included. The network codes the details; its low-pass values are charged at 8 + levels bits,
-      their raw cost. One draw of dequantisation noise makes its figure an upper bound in the mean.
+      and clipped to 8 bits, by the network and, with `files`, by PNG and WebP (both lossless, at their best setting),
+      on the very same pixels, headers included. The network codes the details; its low-pass values are charged at
+      8 + levels bits, their raw cost. One draw of dequantisation noise makes its figure an upper bound in the mean.
     - Inverse error: largest |inverse(forward(image)) - image| of the photographs in [-1, 1].
     Photographs that cannot be read or have a side below 4 * 2^levels are skipped with a warning that names them.
 
@@ -62,31 +72,25 @@ def evaluate(network: HighFrequencyINN, paths: Sequence[Path], noises: Sequence[
       noise with equal pixel MSE, that of a shift by one pixel, on the middle 256 x 256. Photographs on which a
       distortion cannot reach that MSE within 10 % are left out and counted. A mean of ratios.
     """
-    levels, stride = network.config.levels, network.stride
+    levels, stride = network.config.levels, stride or network.stride
     coded: dict[tuple[str, float], list[float]] = {}
     statistics: list[Tensor] = []
     ratios: dict[str, list[Tensor]] = {name: [] for name in (*DISTORTIONS, SHIFT)}
     inverse_error = 0.0
-    skipped: list[str] = []
+    skipped: set[str] = set()
     for index, path in enumerate(tqdm(paths, desc="eval-inn", unit="image")):
-        try:
-            pixels = read_pixels(path)
-            if min(pixels.shape[-2:]) < 4 * stride:  # too few places for statistics
-                raise OSError(f"{pixels.shape[-1]} x {pixels.shape[-2]} is smaller than {4 * stride} x {4 * stride}")
-        except OSError as error:
-            warnings.warn(f"skipped image {path}: {error}", stacklevel=2)
-            skipped.append(str(path))
+        pixels = read_or_skip(path, 4 * stride, skipped)  # smaller ones have too few places for statistics
+        if pixels is None:
             continue
         height, width = (side // stride * stride for side in pixels.shape[-2:])
         pixels = pixels[None, :, :height, :width]
         generator = torch.Generator().manual_seed(index)
         for noise in noises:
             noisy = noisy_pixels(pixels, noise, generator)
-            bits = {
-                "INN": network_bits(network, noisy, generator, device),
-                "PNG": file_bits(noisy, "png", optimize=True),
-                "WebP": file_bits(noisy, "webp", lossless=True, quality=100, method=6),
-            }
+            bits = {"INN": network_bits(network, noisy, generator, device)}
+            if files:
+                bits["PNG"] = file_bits(noisy, "png", optimize=True)
+                bits["WebP"] = file_bits(noisy, "webp", lossless=True, quality=100, method=6)
             for coder, value in bits.items():
                 coded.setdefault((coder, noise), []).append(value)
         image = pixels.to(device) / 127.5 - 1
@@ -109,22 +113,29 @@ def evaluate(network: HighFrequencyINN, paths: Sequence[Path], noises: Sequence[
     if network.config.variant == "packet":
         bits_of_level = [math.nan] * (levels - 1) + bits_of_level[-1:]
     all_bits = float(np.nansum(bits_of_level)) + low_bits
-    names = ("std", "std_without_noise", "excess_kurtosis", "neighbour_correlation")
     rows: list[Row] = []
     for i in range(levels):
         row: Row = {"level": level_name(i, levels), "bits_per_value": mean[i, 0].item()}
-        row["share_of_bits"] = bits_of_level[i] / all_bits
-        row.update(zip(names, mean[i, 2:].tolist(), strict=True))
+        row["share_of_bits"] = _known(bits_of_level[i] / all_bits)
+        row.update(zip(FEATURE_STATISTICS, map(_known, mean[i, 2:].tolist()), strict=True))
         rows.append(row)
-    blank = dict.fromkeys(names, math.nan)
-    rows.append({"level": "low-pass", "bits_per_value": 8.0 + levels, "share_of_bits": low_bits / all_bits, **blank})
+    low_pass: Row = {"level": "low-pass", "bits_per_value": 8.0 + levels, "share_of_bits": low_bits / all_bits}
+    rows.append(low_pass | dict.fromkeys(FEATURE_STATISTICS))
     responses: list[Row] = []
     for name, values in ratios.items():
         average = torch.stack(values).mean(0) if values else torch.full((levels + 1,), math.nan)
-        row: Row = {"distortion": name, "photographs": len(values), "over_noise": average[-1].item()}
-        row.update({level_name(i, levels): average[i].item() for i in range(levels)})
+        row: Row = {"distortion": name, "photographs": len(values), "over_noise": _known(average[-1].item())}
+        row.update({level_name(i, levels): _known(average[i].item()) for i in range(levels)})
         responses.append(row)
-    return Evaluation(coders, rows, responses, inverse_error, len(statistics), skipped)
+    return Evaluation(coders, rows, responses, inverse_error, len(statistics), sorted(skipped))
+
+
+def _known(value: float) -> float | None:
+    return None if math.isnan(value) else value
+
+
+def _number(value: object) -> float:
+    return math.nan if value is None else float(str(value))
 
 
 def level_name(index: int, levels: int) -> str:
@@ -239,7 +250,6 @@ def _jpeg(image: Tensor, generator: torch.Generator) -> Callable[[float], Tensor
     def jpeg(strength: float) -> Tensor:
         buffer = io.BytesIO()
         pil.save(buffer, "jpeg", quality=round(100 - 99 * strength))
-        buffer.seek(0)
         return read_pixels(buffer)[None].float() / 255
 
     return jpeg
@@ -265,35 +275,38 @@ DISTORTIONS = {
 
 def plot_evaluation(path: Path, evaluation: Evaluation) -> None:
     """Draw code lengths, the features of each level and the responses."""
-    from matplotlib import pyplot as plt
-
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4), layout="constrained")
-    noises = sorted({float(str(row["noise"])) for row in evaluation.coders})
+    noises = sorted({row["noise"] for row in evaluation.coders})
     coders = list(dict.fromkeys(row["coder"] for row in evaluation.coders))
     for i, coder in enumerate(coders):
-        values = {row["noise"]: float(str(row["bits_per_value"])) for row in evaluation.coders if row["coder"] == coder}
-        places = np.arange(len(noises)) + (i - 1) * 0.27
-        bars = left.bar(places, [values[noise] for noise in noises], 0.25, label=str(coder))
+        values = {row["noise"]: _number(row["bits_per_value"]) for row in evaluation.coders if row["coder"] == coder}
+        places = np.arange(len(noises)) + (i - (len(coders) - 1) / 2) * 0.81 / len(coders)
+        bars = left.bar(places, [values[noise] for noise in noises], 0.75 / len(coders), label=str(coder))
         left.bar_label(bars, fmt="%.2f", fontsize=8)
     left.set_xticks(range(len(noises)), [f"noise {noise:g}/255" for noise in noises])
     left.set_ylabel("bits per value")
     left.set_title("code length of the same 8-bit pixels")
     left.margins(y=0.25)
-    left.legend(ncols=3, loc="upper center")
-    levels = evaluation.levels[:-1]  # the last row is the low-pass band
+    left.legend(ncols=len(coders), loc="upper center")
+    networks = list(dict.fromkeys(row["network"] for row in evaluation.levels))
+    levels = [row for row in evaluation.levels if row["network"] == networks[0] and row["std"] is not None]
     names = [str(row["level"]) for row in levels]
     for i, key in enumerate(("std", "std_without_noise", "excess_kurtosis", "neighbour_correlation")):
-        heights = [float(str(row[key])) for row in levels]
+        heights = [_number(row[key]) for row in levels]
         bars = middle.bar(np.arange(len(names)) + (i - 1.5) * 0.2, heights, 0.19, label=key.replace("_", " "))
         middle.bar_label(bars, fmt="%.2f", fontsize=7)
     middle.set_xticks(range(len(names)), names)
-    middle.set_title("features (normal and white: std 1, others 0)")
+    middle.set_title(f"features of {networks[0]} (normal and white: std 1, others 0)")
     middle.margins(y=0.25)
     middle.legend(ncols=2, loc="upper center")
-    right.barh(
-        [str(row["distortion"]) for row in evaluation.responses],
-        [float(str(row["over_noise"])) for row in evaluation.responses],
-    )
+    for i, name in enumerate(networks):
+        responses = [row for row in evaluation.responses if row["network"] == name]
+        places = np.arange(len(responses)) + (i - (len(networks) - 1) / 2) * 0.8 / len(networks)
+        values = [_number(row["over_noise"]) for row in responses]
+        right.barh(places, values, 0.75 / len(networks), label=str(name))
+        right.set_yticks(range(len(responses)), [str(row["distortion"]) for row in responses])
+    if len(networks) > 1:
+        right.legend()
     right.set_xscale("log")
     right.axvline(1, color="black", linewidth=0.8)
     right.set_title("feature MSE over that of white noise,\nat the pixel MSE of a one-pixel shift")
@@ -304,8 +317,6 @@ def plot_evaluation(path: Path, evaluation: Evaluation) -> None:
 @torch.no_grad()
 def plot_features(path: Path, network: HighFrequencyINN, image: Tensor) -> None:
     """Draw an image (1, 3, H, W) in [0, 1] and, per level, the RMS over channels and the first three channels."""
-    from matplotlib import pyplot as plt
-
     features = network.features(2 * image - 1)
     aspect = image.shape[-2] / image.shape[-1]
     figure, axes = plt.subplots(
@@ -329,17 +340,59 @@ def plot_features(path: Path, network: HighFrequencyINN, image: Tensor) -> None:
     plt.close(figure)
 
 
+def _evaluate_beside_bundled(
+    inn: str, network: HighFrequencyINN, paths: Sequence[Path], noises: Sequence[float], device: str
+) -> Evaluation:
+    networks = {"bundled" if inn == "bundled" else Path(inn).name: network}
+    if inn != "bundled":
+        if "bundled" in networks:  # a folder of that name
+            networks = {inn: network}
+        networks["bundled"] = HighFrequencyINN.from_pretrained("bundled").to(device)
+    noises = noises or sorted({network.config.noise_floor, 0.0}, reverse=True)
+    stride = max(each.stride for each in networks.values())
+    found: dict[str, Evaluation] = {}
+    for name, each in networks.items():
+        skipped = {path for other in found.values() for path in other.skipped}
+        usable = [path for path in paths if str(path) not in skipped]
+        found[name] = evaluate(each, usable, noises, device, stride=stride, files=not found)
+    first = next(iter(found.values()))
+    coders = [
+        {**row, "coder": name if row["coder"] == "INN" else row["coder"]}
+        for name, evaluation in found.items()
+        for row in evaluation.coders
+    ]
+    return replace(
+        first,
+        coders=coders,
+        levels=_beside({name: evaluation.levels for name, evaluation in found.items()}),
+        responses=_beside({name: evaluation.responses for name, evaluation in found.items()}),
+    )
+
+
+def _beside(tables: dict[str, list[Row]]) -> list[Row]:
+    """Join tables of several networks, whose columns differ where their numbers of levels do."""
+    columns = list(dict.fromkeys(name for table in tables.values() for row in table for name in row))
+    return [
+        {"network": network, **{name: row.get(name) for name in columns}}
+        for network, table in tables.items()
+        for row in table
+    ]
+
+
 def eval_inn(
     inn: str, folder: Path, out: Path, noises: Sequence[float], device: str, features_of: Path | None = None
 ) -> Evaluation:
-    """Evaluate checkpoint `inn` on the images below `folder`; write three tables and two figures to `out`."""
+    """Evaluate checkpoint `inn` on the images below `folder`; write three tables and two figures to `out`.
+
+    The tables show the bundled network beside another one, on the same pixels.
+    """
     import matplotlib.pyplot  # noqa: F401  a missing extra, picture or folder shows before the work, not after it
 
     network = HighFrequencyINN.from_pretrained(inn).to(device)
     paths = list_images(folder, except_below=out)
-    picture = features_of and read_image(features_of)
+    picture = features_of and read_image(features_of)  # a missing picture or folder shows before the work
     check_output(out)
-    evaluation = evaluate(network, paths, noises or sorted({network.config.noise_floor, 0.0}, reverse=True), device)
+    evaluation = _evaluate_beside_bundled(inn, network, paths, noises, device)
     write_table(out / "coders.csv", evaluation.coders)
     write_table(out / "levels.csv", evaluation.levels)
     write_table(out / "responses.csv", evaluation.responses)

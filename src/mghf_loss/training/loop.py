@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from .. import _checks, _files
@@ -117,12 +118,7 @@ def train_inn(config: TrainConfig, network_config: INNConfig, cpu: bool = False)
     if config.batch % accelerator.num_processes:
         raise ValueError(f"batch {config.batch} cannot be split over {accelerator.num_processes} processes")
     with ExitStack() as stack:
-
-        def claim() -> None:
-            _files.check_output(config.out)
-            stack.enter_context(_files.locked(config.out))
-
-        _everywhere(claim, accelerator)
+        _everywhere(lambda: stack.enter_context(_files.locked(config.out)), accelerator)
         return _train(config, network_config, accelerator)
 
 
@@ -132,14 +128,14 @@ def _train(config: TrainConfig, network_config: INNConfig, accelerator: Accelera
 
     torch.manual_seed(config.seed)
     network = HighFrequencyINN(network_config).to(accelerator.device)
-    average = AveragedModel(network, multi_avg_fn=_ema(config.ema))
+    average = AveragedModel(network, multi_avg_fn=partial(_average, config.ema))
     averaged: HighFrequencyINN = average.module  # type: ignore[assignment]
     if accelerator.mixed_precision == "bf16":
         for module in network.modules():
             if isinstance(module, Bottleneck):
                 module.training_dtype = torch.bfloat16
     optimiser = torch.optim.Adam([p for p in network.parameters() if p.requires_grad], lr=config.learning_rate)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, _warm_up_and_cosine(config.steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _learning_rate_factor(step, config.steps))
     state = {"network": network, "average": average, "optimiser": optimiser, "schedule": schedule}
     run = _identity(config, source, accelerator) | asdict(network_config)
     keys, start = {*state, "step", "run", "damaged"}, 0
@@ -157,14 +153,8 @@ def _train(config: TrainConfig, network_config: INNConfig, accelerator: Accelera
         import tensorboard  # noqa: F401  Accelerate would leave the logs out without a word
 
         accelerator.init_trackers("logs")
-    progress = tqdm(
-        range(start, config.steps),
-        initial=start,
-        total=config.steps,
-        desc="train-inn",
-        unit="step",
-        disable=not main,
-    )
+    steps = range(start, config.steps)
+    progress = tqdm(steps, "train-inn", initial=start, total=config.steps, unit="step", disable=not main)
     rank, processes = accelerator.process_index, accelerator.num_processes
     if main:
         resumed = f", resumed at step {start}" if start else ""
@@ -195,10 +185,7 @@ def _train(config: TrainConfig, network_config: INNConfig, accelerator: Accelera
                 snapshot |= {"step": step + 1, "run": run, "damaged": sorted(source.damaged.copy())}
                 # The network first: a kill in between repeats some steps, and no state is ahead of its network.
                 averaged.save_pretrained(config.out)
-                _files.write_atomically(
-                    config.out / STATE_FILE,
-                    lambda path, s=snapshot: torch.save(s, path),
-                )
+                _files.write_atomically(config.out / STATE_FILE, partial(torch.save, snapshot))
                 if held_out:
                     _evaluate(averaged, held_out, step + 1, config.out, accelerator)
             accelerator.wait_for_everyone()
@@ -230,27 +217,18 @@ def _open(config: TrainConfig, stride: int, main: bool) -> tuple[Source, list[Te
     return source, images
 
 
-def _ema(decay: float) -> Callable[[Any, Any, Tensor | int], None]:
-    @torch.no_grad()
-    def average(means: list[Tensor], values: list[Tensor], updates: Tensor | int) -> None:
-        # A young average forgets faster, or it would remember the initialisation for thousands of steps.
-        count = int(updates)
-        weight = 1 - min(decay, (1 + count) / (10 + count))
-        for mean, value in zip(means, values, strict=True):
-            mean.lerp_(value, weight)
-
-    return average
+def _average(decay: float, means: Any, values: Any, updates: Tensor | int) -> None:
+    # A young average forgets faster, or it would remember the initialisation for thousands of steps.
+    count = int(updates)
+    get_ema_multi_avg_fn(min(decay, (1 + count) / (10 + count)))(means, values, count)
 
 
-def _warm_up_and_cosine(steps: int) -> Callable[[int], float]:
+def _learning_rate_factor(step: int, steps: int) -> float:
+    """Linear warm-up, then cosine."""
     warm_up = min(200, steps // 10 + 1)
-
-    def factor(step: int) -> float:
-        if step < warm_up:
-            return (1 + (warm_up - 1) * step / warm_up) / warm_up
-        return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
-
-    return factor
+    if step < warm_up:
+        return (1 + (warm_up - 1) * step / warm_up) / warm_up
+    return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
 
 
 def _add_noise(batch: Tensor, noise_floor: float, seed: int, first_slot: int) -> Tensor:
@@ -282,7 +260,8 @@ def _evaluate(network: HighFrequencyINN, images: list[Tensor], step: int, out: P
             pair = torch.cat((image, sample), dim=2)[0].clamp(-1, 1) / 2 + 0.5
             pictures.append(F.pad(pair, (0, VALIDATION_SIDE - pair.shape[2], 0, 2 * VALIDATION_SIDE - pair.shape[1])))
     total, levels = torch.cat(totals).mean().item(), torch.cat(per_level).mean(0).tolist()
-    tqdm.write(f"step {step}: held-out {total:.4f} bits per detail value ({', '.join(f'{b:.3f}' for b in levels)})")
+    by_level = ", ".join(f"stride {2 ** (i + 1)}: {bits:.3f}" for i, bits in enumerate(levels))
+    tqdm.write(f"step {step}: held-out {total:.4f} bits per detail value, lower is better ({by_level})")
     accelerator.log(
         {"held-out/bits": total} | {f"held-out/bits_level_{i}": bits for i, bits in enumerate(levels)}, step=step
     )

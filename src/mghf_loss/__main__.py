@@ -1,0 +1,7 @@
+"""`python -m mghf_loss` is the command `mghf-loss`."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())
