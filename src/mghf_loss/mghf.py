@@ -41,8 +41,10 @@ class Settings:
 
 OFF = dict.fromkeys(("content", "style", "correlation", "texture", "patch_nce", "dino_jsd"), 0.0)
 PRESETS: dict[Preset, Settings] = {
-    "balanced": Settings(OFF | {"content": 0.0625, "correlation": 0.05, "texture": 0.1}),
-    "sharp": Settings(OFF | {"content": 0.0625, "correlation": 0.05, "texture": 0.4}),
+    "balanced": Settings(
+        OFF | {"content": 0.0625, "style": 60.0, "correlation": 0.5, "texture": 0.15}, conditioning="gt"
+    ),
+    "sharp": Settings(OFF | {"content": 0.05, "style": 150.0, "correlation": 0.2, "texture": 0.05}),
     "gan": Settings(OFF | {"content": 0.0625, "correlation": 0.05, "texture": 0.1}),
     "denoise": Settings(OFF | {"content": 0.05}),
     "paper": Settings(
