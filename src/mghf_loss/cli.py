@@ -247,8 +247,8 @@ def _compare(options: argparse.Namespace) -> None:
     else:
         table = compare.pair_table(result.images[0], criterion.coefficients, arrows)
     print(format_table(table))
-    print(f"PSNR and SSIM of RGB; terms are means over tiles of at most {options.tile} x {options.tile} pixels")
-    print("bicubic x4: GT reduced to a quarter and enlarged again")
+    print(f"Terms are means over tiles of at most {options.tile} x {options.tile} pixels; PSNR and SSIM are of RGB.")
+    print("Bicubic x4 is GT reduced to a quarter and enlarged again.")
     if options.csv is not None:
         compare.write_csv(options.csv, result)
     if options.json is not None:
