@@ -52,7 +52,8 @@ def main(arguments: list[str] | None = None) -> int:
         options.run(options)
     except ModuleNotFoundError as error:
         extra = EXTRAS.get(options.command, "demo")
-        print(f"mghf-loss: error: {error}; install it with: pip install 'mghf-loss[{extra}]'", file=sys.stderr)
+        # From a checkout, as long as no package index has a release.
+        print(f"mghf-loss: error: {error}; it is in the extra {extra}: pip install '.[{extra}]'", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(_interrupted(options), end="", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from functools import wraps
@@ -39,10 +40,11 @@ class Criterion(nn.Module, ABC):
         """Let the constructor name its own argument where it is given that of another library."""
         super().__init_subclass__(**options)
         construct = cls.__init__
+        known = inspect.signature(construct).parameters
 
         @wraps(construct)
         def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
-            _checks.foreign(cls.__name__, kwargs)
+            _checks.foreign(cls.__name__, kwargs.keys() - known)
             construct(self, *args, **kwargs)
 
         cls.__init__ = __init__  # type: ignore[method-assign]

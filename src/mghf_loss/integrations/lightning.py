@@ -49,9 +49,9 @@ class MGHFLogger(Callback):
     Takes `sr` and `gt` from what `training_step` and `validation_step` return, a mapping with these keys. A step that
     returns None is passed over.
 
-    - Training: `mghf/train/loss`, `mghf/train/term/<name>` and `mghf/train/energy/...` every so many optimiser steps, by
-      the first process, of its batch. The step is the trainer's `global_step`, which counts optimiser steps. The values
-      do not wait for `log_every_n_steps`.
+    - Training: `mghf/train/loss`, `mghf/train/term/<name>` and `mghf/train/energy/...` every so many optimiser steps,
+      by the first process, of its batch. The step is the trainer's `global_step`, which counts optimiser steps. The
+      values do not wait for `log_every_n_steps`.
     - Validation: `mghf/val/loss` and `mghf/val/term/<name>` through the module's `self.log`, as means over all batches
       and processes, so that `ModelCheckpoint(monitor="mghf/val/loss")` finds them; the energies of the first batch. A
       second data loader logs `mghf/val1/...`.
@@ -66,61 +66,6 @@ class MGHFLogger(Callback):
 
     Raises:
         ValueError: an argument is not as above, or the trainer has no logger.
-        TypeError: the attribute is no loss of this package, or a step returns something else without `sr` and `gt`;
-            at the first batch, that of Lightning's sanity check included, and on every process.
-    """
-
-    def __init__(self):
-            super().__init__()
-            self.model = ...
-            self.criterion = MGHFLoss()
-
-        def training_step(self, batch, batch_idx):
-            lr, gt = batch
-            sr = self.model(lr)
-            loss = F.l1_loss(sr, gt) + 0.05 * self.criterion(sr, gt)
-            self.log("train/loss", loss)
-            return {"loss": loss, "sr": sr, "gt": gt}  # what the callback sees; `return loss` where you do not want it
-
-    lightning.Trainer(callbacks=[MGHFLogger(every=500)], precision="bf16-mixed")
-
-The callback logs each term, so the module need not. In validation it does where `validation_step` returns
-{"sr": sr, "gt": gt}. See examples/lightning_trainer.py. With manual optimisation `global_step` counts the steps of all
-optimisers: two per batch in a GAN.
-"""
-
-from __future__ import annotations
-
-from collections.abc import Mapping
-from typing import Any
-
-from torch import Tensor
-
-from ..criterion import Criterion
-from . import needs
-from .tensorboard import energies, log_pictures, loss_and_terms, uncompiled
-
-with needs("lightning", "pip install lightning"):
-    from lightning.pytorch import Callback, LightningModule, Trainer
-    from lightning.pytorch.loggers import TensorBoardLogger
-
-
-class MGHFLogger(Callback):
-    """Writes `log_pair` of `mghf_loss.integrations.tensorboard` every so many optimiser steps, and in validation.
-
-    Takes `sr` and `gt` from what `training_step` and `validation_step` return, a mapping with these keys; in validation
-    from the first batch of each data loader. A step that returns None is passed over. Writes on the first process
-    alone, to every `TensorBoardLogger`, with tags `mghf/train/...` and `mghf/val/...`; the step is the trainer's
-    `global_step`, which counts optimiser steps. Nothing is written with `fast_dev_run`, which has no logger.
-
-    Args:
-        criterion: name of the module's attribute that is a loss of this package.
-        every: optimiser steps between two logs of training; None for none.
-        validation: log in validation, too.
-        images: pictures of each log at most; 0 for scalars alone, which spares the backward passes of the heat maps.
-
-    Raises:
-        ValueError: an argument is not as above, or the trainer has no `TensorBoardLogger`.
         TypeError: the attribute is no loss of this package, or a step returns something else without `sr` and `gt`;
             at the first batch, that of Lightning's sanity check included, and on every process.
     """
