@@ -85,9 +85,8 @@ class MGHFLogger(Callback):
         if self.every is None:
             return
         pair = self._pair(outputs, "training_step")
-        step, last = trainer.global_step, self._last
-        if pair and step // self.every > last // self.every:
-            self._last = step
+        if pair and trainer.global_step // self.every > self._last // self.every:
+            self._last = trainer.global_step
             self._log(trainer, pl_module, *pair, "mghf/train")
 
     def on_validation_batch_end(
