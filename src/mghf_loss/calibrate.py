@@ -95,7 +95,12 @@ def calibrate(
     generator = torch.Generator().manual_seed(0)
     gts = [_middle(image) for image in images]
     found = gradient_ratios(preset, [(degrade(gt, task, generator), gt) for gt in gts], inn)
-    return {name: float(f"{RATIOS[preset][name] / ratio:.3g}") for name, ratio in found.items()}
+    # A term whose gradient vanishes on these images keeps its coefficient: no factor would give it weight.
+    preset_coefficients = PRESETS[preset].coefficients
+    return {
+        name: float(f"{RATIOS[preset][name] / ratio:.3g}") if ratio > 0 else preset_coefficients[name]
+        for name, ratio in found.items()
+    }
 
 
 def default_task(preset: Preset) -> Task:

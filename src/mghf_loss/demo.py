@@ -18,8 +18,7 @@ from ._files import check_output, write_atomically, write_table
 from .mghf import MGHFLoss
 from .toy import TRAINING_PHOTOGRAPHS, SmallSR, downscale, photograph, random_crop, upscale
 
-# Factor of MGHFLoss beside L1.
-MGHF_WEIGHT = 0.05
+MGHF_WEIGHT = 0.05  # factor of MGHFLoss beside L1
 UNSEEN_PHOTOGRAPHS = {"chelsea": (110, 130), "coffee": (160, 330)}  # with the corner of the crop to zoom into
 ZOOM = 72
 EVALUATIONS = 12
@@ -27,12 +26,11 @@ EVALUATIONS = 12
 
 @dataclass
 class Run:
-    """One trained model with its terms on the unseen photographs in the course of training."""
+    """One trained model with its terms on the unseen photographs after so many steps of training."""
 
     name: str
     model: nn.Module
-    steps: list[int] = field(default_factory=list)
-    terms: list[dict[str, float]] = field(default_factory=list)
+    terms: dict[int, dict[str, float]] = field(default_factory=dict)
 
 
 def run_demo(out: Path, steps: int, seed: int, device: str) -> list[dict[str, object]]:
@@ -75,8 +73,7 @@ def _train(weight: float, criterion: MGHFLoss, train: list[Tensor], unseen: list
         optimiser.step()
         schedule.step()
         if step % max(1, steps // EVALUATIONS) == 0 or step + 1 == steps:
-            run.steps.append(step + 1)
-            run.terms.append(_terms(_restore(run.model, unseen), unseen, criterion))
+            run.terms[step + 1] = _terms(_restore(run.model, unseen), unseen, criterion)
             progress.set_postfix(loss=f"{loss.item():.4f}")
     return run
 
@@ -130,11 +127,11 @@ def _plot_crops(path: Path, images: dict[str, list[Tensor]], gts: list[Tensor]) 
 
 def _plot_terms(path: Path, runs: list[Run]) -> None:
     """Every term on the unseen photographs against training steps, one line a run."""
-    names = list(runs[0].terms[0])
+    names = list(runs[0].terms[1])
     figure, axes = plt.subplots(1, len(names), figsize=(3.4 * len(names), 3), layout="constrained")
     for axis, name in zip(axes, names, strict=True):
         for run in runs:
-            axis.plot(run.steps, [terms[name] for terms in run.terms], label=run.name)
+            axis.plot(list(run.terms), [terms[name] for terms in run.terms.values()], label=run.name)
         axis.set_title(name)
         axis.set_xlabel("training step")
     axes[0].set_ylabel("term on unseen photographs")

@@ -45,7 +45,7 @@ PRESETS: dict[Preset, Settings] = {
         OFF | {"content": 0.0625, "style": 60.0, "correlation": 0.5, "texture": 0.15}, conditioning="gt"
     ),
     "sharp": Settings(OFF | {"content": 0.05, "style": 150.0, "correlation": 0.2, "texture": 0.05}),
-    "gan": Settings(OFF | {"content": 0.0625, "correlation": 0.05, "texture": 0.1}),
+    "gan": Settings(OFF | {"content": 0.0625, "correlation": 0.2, "texture": 0.1}, conditioning="gt"),
     "denoise": Settings(OFF | {"content": 0.05}),
     "paper": Settings(
         OFF | {"content": 5.0, "style": 600.0, "correlation": 1.0, "patch_nce": 0.008},

@@ -1,30 +1,14 @@
 """Lightning: a callback that logs terms, heat maps and feature energies to TensorBoard.
 
-The loss itself needs no integration: it is an attribute of your module, whose checkpoints and optimiser do not see its
-network, and which moves it to the device.
-
     import lightning
-    from mghf_loss import MGHFLoss
+    from lightning.pytorch.loggers import TensorBoardLogger
     from mghf_loss.integrations.lightning import MGHFLogger
 
-    class SR(lightning.LightningModule):
-        def __init__(self):
-            super().__init__()
-            self.model = ...
-            self.criterion = MGHFLoss()
+    lightning.Trainer(logger=TensorBoardLogger("runs"), callbacks=[MGHFLogger(every=500)])
 
-        def training_step(self, batch, batch_idx):
-            lr, gt = batch
-            sr = self.model(lr)
-            mghf, terms = self.criterion(sr, gt, return_terms=True)
-            self.log_dict({f"train/{name}": value for name, value in terms.items()})
-            loss = F.l1_loss(sr, gt) + 0.05 * mghf
-            return {"loss": loss, "sr": sr, "gt": gt}  # what the callback sees; `return loss` where you do not want it
-
-    lightning.Trainer(logger=TensorBoardLogger("runs"), callbacks=[MGHFLogger(every=500)], precision="bf16-mixed")
-
-Also written for validation where `validation_step` returns {"sr": sr, "gt": gt}. See examples/lightning_trainer.py.
-With manual optimisation `global_step` counts the steps of all optimisers: two per batch in a GAN.
+The loss itself needs no integration: it is an attribute of your module, whose checkpoints and optimiser do not see its
+network, and which moves it to the device. The callback logs where `training_step` returns {"loss": loss, "sr": sr,
+"gt": gt}, and `validation_step` the last two. A whole module: examples/lightning_trainer.py.
 """
 
 from __future__ import annotations
@@ -52,7 +36,8 @@ class MGHFLogger(Callback):
     Takes `sr` and `gt` from what `training_step` and `validation_step` return, a mapping with these keys; in validation
     from the first batch of each data loader. A step that returns None is passed over. Writes on the first process
     alone, to every `TensorBoardLogger`, with tags `mghf/train/...` and `mghf/val/...`; the step is the trainer's
-    `global_step`, which counts optimiser steps. Nothing is written with `fast_dev_run`, which has no logger.
+    `global_step`, which counts the steps of all optimisers: with manual optimisation of a GAN two per batch. Nothing is
+    written with `fast_dev_run`, which has no logger.
 
     Args:
         criterion: name of the module's attribute that is a loss of this package.

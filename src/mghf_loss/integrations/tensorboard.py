@@ -65,7 +65,7 @@ def log_pair(
         inn = getattr(criterion, "inn", None)
         if inn is not None:
             for name, image in (("sr", sr), ("gt", gt)):
-                image = rescale(image.to(next(inn.network.parameters()).dtype), criterion.input_range, (-1.0, 1.0))
+                image = rescale(inn.like(image), criterion.input_range, (-1.0, 1.0))
                 for level, features in enumerate(inn.network.features(image), 1):
                     writer.add_scalar(f"{tag}/energy/level{level}_{name}", features.square().mean().item(), step)
     if not images:
