@@ -40,6 +40,7 @@ FLOORS = {
     "terms": 6,
     "inn": 6,
     "criterion": 7,
+    "metric": 8,
     "dino": 8,
     "mghf": 9,
     "": 10,
@@ -57,8 +58,11 @@ FLOORS = {
     "integrations.trainner_redux": 12,
     "integrations.lightning": 12,
     "toy": 10,
+    "calibrate": 11,
     "demo": 11,
+    "compare": 12,
     "cli": 13,
+    "__main__": 14,
 }
 
 
