@@ -212,6 +212,16 @@ def merged_coefficients(coefficients: Mapping[str, float], changes: Mapping[str,
     return merged
 
 
+def masked(sr: Tensor, gt: Tensor, mask: Tensor) -> Tensor:
+    """Return mask * sr + (1 - mask) * gt, exactly `sr` where the mask is 1 and `gt` where it is 0."""
+    _checks.mask(mask, sr)
+    gt = gt.detach()
+    if mask.dtype == torch.bool:
+        return torch.where(mask, sr, gt)  # what is not finite in SR, and masked out, has no effect
+    dtype = torch.promote_types(sr.dtype, gt.dtype)
+    return torch.lerp(gt.to(dtype), sr.to(dtype), mask.detach().to(dtype))
+
+
 def rescale(image: Tensor, source: tuple[float, float], target: tuple[float, float]) -> Tensor:
     """Map the range `source` to the range `target`, linearly and without clamping."""
     if source == target:
