@@ -40,6 +40,7 @@ FLOORS = {
     "terms": 6,
     "inn": 6,
     "criterion": 7,
+    "metric": 8,
     "dino": 8,
     "mghf": 9,
     "": 10,
@@ -56,9 +57,15 @@ FLOORS = {
     "integrations.neosr": 12,
     "integrations.trainner_redux": 12,
     "integrations.lightning": 12,
+    "integrations.torchmetrics": 12,
+    "functional": 10,
+    "metric": 8,
     "toy": 10,
+    "calibrate": 11,
     "demo": 11,
+    "compare": 12,
     "cli": 13,
+    "__main__": 14,
 }
 
 
@@ -122,6 +129,7 @@ def test_nothing_imports_the_integrations_and_each_its_own_framework_alone():
         "neosr": "neosr",
         "traiNNer": "trainner_redux",
         "lightning": "lightning",
+        "torchmetrics": "torchmetrics",
     }
     for path in SOURCE.rglob("*.py"):
         name = module_name(path)
@@ -182,7 +190,7 @@ def test_public_names_exist_and_are_documented():
         mghf_loss.VGGLoss  # noqa: B018
 
 
-@pytest.mark.parametrize("name", ["criterion", "mghf", "dino", "terms", "inn"])
+@pytest.mark.parametrize("name", ["criterion", "mghf", "dino", "terms", "inn", "metric", "functional"])
 def test_examples_of_docstrings_run(name):
     module = importlib.import_module(f"mghf_loss.{name}")
     losses = {loss: getattr(mghf_loss, loss) for loss in ("MGHFLoss", "MGHFnLoss")}
