@@ -28,7 +28,7 @@ from mghf_loss.toy import downscale, photograph, upscale
 from mghf_loss.training.evaluation import DISTORTIONS, LEVEL_NAMES, at_mse
 
 DOCS = Path(__file__).parent
-OURS, OTHER = "tab:orange", "tab:gray"  # one strong colour everywhere
+OURS, OTHER = "tab:red", "tab:gray"  # one strong colour everywhere
 
 
 def main() -> None:
@@ -121,15 +121,14 @@ def equal_psnr(gt: Tensor) -> Figure:
     loss, focal = MGHFLoss(shift="average"), FocalFrequencyLoss()
     gt_pixels = gt[0].permute(1, 2, 0).numpy()
     figure, axes = panels(2, 3, width=7, title=0.75)
+    images = distorted(gt)
+    figure.suptitle(f"Five errors of equal PSNR ({psnr(images['JPEG'], gt):.1f} dB)", fontsize=12)
     panel(axes[0, 0], gt, "ground truth\n\n")
-    for axis, (name, image) in zip(axes.flat[1:], distorted(gt).items(), strict=True):
+    for axis, (name, image) in zip(axes.flat[1:], images.items(), strict=True):
         ssim = structural_similarity(gt_pixels, image[0].permute(1, 2, 0).numpy(), data_range=1, channel_axis=2)
-        others = f"PSNR {psnr(image, gt):.1f}   SSIM {ssim:.2f}   FFL {1000 * focal(image, gt).item():.1f}e-3"
-        panel(axis, image, f"{name}\n{others}\n")
-        value = loss(image, gt).item()
-        axis.text(
-            0.5, 1.02, f"MGHFLoss {value:.2f}", transform=axis.transAxes, ha="center", color="tab:red", weight="bold"
-        )
+        panel(axis, image, f"{name}\nSSIM {ssim:.2f},  FFL {focal(image, gt).item():.4f}\n")
+        text = f"MGHFLoss {loss(image, gt).item():.2f}"
+        axis.text(0.5, 1.02, text, transform=axis.transAxes, ha="center", color=OURS, weight="bold")
     return figure
 
 
@@ -144,7 +143,7 @@ def conditioning(gt: Tensor) -> Figure:
         values = [criterion(gt + level / 255 * noise, gt).item() / level**2 for level in levels]
         ratios = [value / values[0] for value in values]
         axis.plot(levels, ratios, "o-", color=colour)
-        axis.annotate(label, (levels[-1], ratios[-1]), xytext=(0, 7), textcoords="offset points", ha="right")
+        axis.annotate(label, (levels[-2], ratios[-2]), xytext=(6, 6), textcoords="offset points", color=colour)
     axis.set_xlabel("standard deviation of noise, in 1/255")
     axis.set_ylabel("content / variance of noise\n(1 at the left)")
     axis.set_ylim(0, 1.15)
@@ -162,14 +161,13 @@ def shift(gt: Tensor) -> Figure:
     )
     panel(left, blocks[..., 40:104, 60:124], "SR with stairs of 4 pixels")
     right.plot(range(9), values, "o-", color=OTHER)
-    right.annotate('shift="none"', (2, values[2]), xytext=(0, 8), textcoords="offset points", ha="center")
-    right.axhline(average(blocks, gt).item(), color=OURS)
-    right.annotate(
-        'shift="average"', (8, average(blocks, gt).item()), xytext=(0, 5), textcoords="offset points", ha="right"
-    )
+    mean = average(blocks, gt).item()
+    right.annotate('shift="none"', (2, values[2]), xytext=(0, 6), textcoords="offset points", ha="center", color=OTHER)
+    right.axhline(mean, color=OURS)
+    right.annotate('shift="average"', (4, mean), xytext=(0, 5), textcoords="offset points", ha="center", color=OURS)
     right.set_xlabel("both images moved by so many pixels")
     right.set_ylabel("MGHFnLoss")
-    right.set_ylim(0)
+    right.set_ylim(0, 1.2 * max(values))
     return figure
 
 

@@ -60,12 +60,12 @@ FLOORS = {
     "integrations.torchmetrics": 12,
     "functional": 10,
     "metric": 8,
-    "toy": 10,
-    "calibrate": 11,
-    "demo": 11,
-    "compare": 12,
-    "cli": 13,
-    "__main__": 14,
+    "toy": 12,
+    "calibrate": 13,
+    "demo": 13,
+    "compare": 13,
+    "cli": 14,
+    "__main__": 15,
 }
 
 

@@ -122,7 +122,7 @@ def save_images(path: Path, images: Mapping[str, Tensor]) -> None:
     check_output(path, {".png"})
     figure, axes = plt.subplots(1, len(images), figsize=(3.2 * len(images), 3.5), layout="constrained", squeeze=False)
     for axis, (name, image) in zip(axes[0], images.items(), strict=True):
-        axis.imshow(image[0].detach().float().clamp(0, 1).permute(1, 2, 0).cpu(), interpolation="nearest")
+        axis.imshow(image[0].detach().float().clamp(0, 1).permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
         axis.set_title(name)
         axis.set_axis_off()
     write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=110))
