@@ -132,7 +132,7 @@ def test_content_is_a_convex_quadratic_form(shift, network):
     mean = (content(first) + content(second)) / 2
     torch.testing.assert_close(mean - content(middle), content(gt + apart / 2))
     assert content(middle) < mean
-    own = MGHFnLoss(network, shift=shift).double()
+    own = MGHFnLoss(network, conditioning="own", shift=shift).double()
     assert not torch.allclose(own(gt + 2 * (first - gt), gt), 4 * own(first, gt), rtol=0.01)
 
 

@@ -289,7 +289,7 @@ def test_bad_options_are_refused_by_name(name, tiny_dino):
     [
         ("basicsr", "basicsr", "pip install basicsr"),
         ("lightning", "lightning", "pip install lightning"),
-        ("lightning", "tensorboard", "pip install tensorboard"),
+        ("torchmetrics", "torchmetrics", "pip install 'torchmetrics>=1.4'"),
         ("neosr", "neosr", "github.com/neosr-project/neosr"),
         ("trainner_redux", "traiNNer", "github.com/the-database/traiNNer-redux"),
     ],

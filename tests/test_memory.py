@@ -21,7 +21,7 @@ def twins(inn, tiny_dino):
 
     def build(name: str, **options) -> list[nn.Module]:
         if name == "MGHFnLoss":
-            return [MGHFnLoss(inn, memory=memory, **options) for memory in ("normal", "low")]
+            return [MGHFnLoss(inn, conditioning="own", memory=memory, **options) for memory in ("normal", "low")]
         if name == "DinoJSDLoss":  # timm's setting is the network's
             return [DinoJSDLoss(copy.deepcopy(tiny_dino), memory=memory, **options) for memory in ("normal", "low")]
         return [MGHFLoss("paper", inn=inn, patches=64, memory=memory, **options) for memory in ("normal", "low")]
@@ -56,7 +56,7 @@ def test_the_gradient_is_the_same(name, reduction, twins):
 def test_the_gradient_is_the_same_through_any_network(variant):
     network = perturbed_inn(variant=variant, couplings=3, levels=2)
     sr, gt = pair(1, 3, 17, 24)
-    normal, low = (MGHFnLoss(network, memory=memory) for memory in ("normal", "low"))
+    normal, low = (MGHFnLoss(network, conditioning="own", memory=memory) for memory in ("normal", "low"))
     assert_same(gradient(low, sr, gt), gradient(normal, sr, gt))
 
 
@@ -69,7 +69,9 @@ def test_the_gradient_is_the_same_under_autocast(name, twins):
     assert_same(got, expected)
 
 
-@pytest.mark.parametrize(("loss", "share"), [(MGHFnLoss, 0.27), (partial(MGHFLoss, "paper"), 0.35)])
+@pytest.mark.parametrize(
+    ("loss", "share"), [(partial(MGHFnLoss, conditioning="own"), 0.27), (partial(MGHFLoss, "paper"), 0.35)]
+)
 def test_a_fraction_is_kept(loss, share):
     """What enters each coupling; a low-pass band that were kept as a view of all bands would be 5 % more."""
     sr, gt = pair(1, 3, 64, 64)

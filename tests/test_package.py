@@ -57,6 +57,8 @@ FLOORS = {
     "integrations.neosr": 12,
     "integrations.trainner_redux": 12,
     "integrations.lightning": 12,
+    "integrations.torchmetrics": 12,
+    "functional": 10,
     "toy": 10,
     "calibrate": 11,
     "demo": 11,
@@ -126,6 +128,7 @@ def test_nothing_imports_the_integrations_and_each_its_own_framework_alone():
         "neosr": "neosr",
         "traiNNer": "trainner_redux",
         "lightning": "lightning",
+        "torchmetrics": "torchmetrics",
     }
     for path in SOURCE.rglob("*.py"):
         name = module_name(path)
@@ -186,7 +189,7 @@ def test_public_names_exist_and_are_documented():
         mghf_loss.VGGLoss  # noqa: B018
 
 
-@pytest.mark.parametrize("name", ["criterion", "mghf", "dino", "terms", "inn"])
+@pytest.mark.parametrize("name", ["criterion", "mghf", "dino", "terms", "inn", "metric", "functional"])
 def test_examples_of_docstrings_run(name):
     module = importlib.import_module(f"mghf_loss.{name}")
     losses = {loss: getattr(mghf_loss, loss) for loss in ("MGHFLoss", "MGHFnLoss")}

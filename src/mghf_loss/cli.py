@@ -52,7 +52,8 @@ def main(arguments: list[str] | None = None) -> int:
         options.run(options)
     except ModuleNotFoundError as error:
         extra = EXTRAS.get(options.command, "demo")
-        print(f"mghf-loss: error: {error}; install it with: pip install 'mghf-loss[{extra}]'", file=sys.stderr)
+        # From a checkout, as long as no package index has a release.
+        print(f"mghf-loss: error: {error}; it is in the extra {extra}: pip install '.[{extra}]'", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(_interrupted(options), end="", file=sys.stderr)
@@ -120,8 +121,8 @@ def _parser() -> argparse.ArgumentParser:
         "calibrate",
         help="coefficients of a preset for your images or your network",
         description="Print the coefficients with which every term of a preset has the same gradient, relative to L1's, "
-        "on your images or with your network as on photographs with the bundled one. The images are degraded by bicubic "
-        "x4, or by noise of 25/255. A minute for fifty images on one core.",
+        "on your images or with your network as on photographs with the bundled one. The images are degraded by "
+        "bicubic x4, or by noise of 25/255. A minute for fifty images on one core.",
         formatter_class=formatter,
     )
     calibrate.add_argument("--images", type=Path, required=True, help="folder of ground truths, searched recursively")
@@ -263,8 +264,8 @@ def _compare(options: argparse.Namespace) -> None:
     else:
         table = compare.pair_table(result.images[0], criterion.coefficients, arrows)
     print(format_table(table))
-    print(f"PSNR and SSIM of RGB; terms are means over tiles of at most {options.tile} x {options.tile} pixels")
-    print("bicubic x4: GT reduced to a quarter and enlarged again")
+    print(f"Terms are means over tiles of at most {options.tile} x {options.tile} pixels; PSNR and SSIM are of RGB.")
+    print("Bicubic x4 is GT reduced to a quarter and enlarged again.")
     if options.csv is not None:
         compare.write_csv(options.csv, result)
     if options.json is not None:

@@ -6,7 +6,7 @@ import difflib
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -97,8 +97,7 @@ class TokenEmbedding(nn.Module):
         super().__init__()
         try:
             self.patch_size: tuple[int, int] = tuple(vit.patch_embed.patch_size)  # type: ignore[assignment]
-            config: dict[str, Any] = vit.pretrained_cfg  # type: ignore[assignment]
-            mean, std = config["mean"], config["std"]
+            normalisation = [vit.pretrained_cfg[name] for name in ("mean", "std")]  # type: ignore[index]
             prefix: int = vit.num_prefix_tokens  # type: ignore[assignment]
             has_class_token = vit.cls_token is not None
         except (AttributeError, KeyError, TypeError) as error:
@@ -111,7 +110,7 @@ class TokenEmbedding(nn.Module):
             )
         self.vit = vit
         self.tokens = slice(1) if tokens == "class" else slice(prefix, None)
-        mean, std = next(vit.parameters()).new_tensor([mean, std]).reshape(2, 1, 3, 1, 1)
+        mean, std = next(vit.parameters()).new_tensor(normalisation).reshape(2, 1, 3, 1, 1)
         self.mean, self.std = nn.Buffer(mean, persistent=False), nn.Buffer(std, persistent=False)
 
     def forward(self, image: Tensor) -> Tensor:

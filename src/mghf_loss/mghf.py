@@ -165,8 +165,8 @@ class FeatureCriterion(Criterion):
 class MGHFnLoss(FeatureCriterion):
     """Compare the high-frequency details of SR and GT by one squared error (MGHF-n).
 
-    sr, gt (B, 3, H, W), H and W at least 8 with the bundled network -> 0-d tensor in [0, inf), 0 iff all detail
-    features are equal. The low-pass band below the coarsest level is not compared: keep a pixel loss beside it.
+    sr, gt (B, 3, H, W), H and W at least 8 with the bundled network -> 0-d tensor in [0, inf), 0 iff all
+    details are equal. The low-pass band below the coarsest level is not compared: keep a pixel loss beside it.
 
     >>> sr, gt = torch.rand(2, 1, 3, 64, 64)
     >>> criterion = MGHFnLoss()
@@ -176,8 +176,9 @@ class MGHFnLoss(FeatureCriterion):
     Args:
         inn: `"bundled"`, `"org/name"` or `"org/name@revision"` on the Hub, a folder, a .safetensors file, or a
             `HighFrequencyINN`, which is taken over: frozen and set to eval mode.
-        conditioning: what the couplings of SR's features take their shift and scale from: `"own"`, from SR, or
-            `"gt"`, from GT; the loss is a convex quadratic form in SR then (`HighFrequencyINN.difference`).
+        conditioning: what the couplings of SR's features take their shift and scale from: `"gt"`, from GT, which
+            makes the loss a convex quadratic form in SR and needs no network on SR's side
+            (`HighFrequencyINN.difference`), or `"own"`, from SR, as in the paper.
         shift: of the Haar grid, common to SR and GT: `"random"` follows from GT and the generator's seed,
             `"average"` takes the mean over 2^levels shifts, for a value to report, `"none"` is the paper's.
         input_range: values of black and white; values outside are taken as they are, never clamped.
@@ -204,7 +205,7 @@ class MGHFnLoss(FeatureCriterion):
         self,
         inn: str | Path | HighFrequencyINN = "bundled",
         *,
-        conditioning: Conditioning = "own",
+        conditioning: Conditioning = "gt",
         shift: Shift = "random",
         input_range: tuple[float, float] = (0.0, 1.0),
         reduction: terms.Reduction = "mean",

@@ -13,10 +13,9 @@
 
 The pixel slot takes `MGHFLoss`, `MGHFnLoss` or `DinoJSDLoss`, with the options of the classes of that name and
 `loss_weight`; the perceptual slot takes `MGHFPerceptualLoss`, beside a pixel loss of BasicSR's. The factors are applied
-once, by the loss; BasicSR adds what it returns. Images are RGB in [0, 1], as BasicSR's data sets give them.
-
-The models log, beside BasicSR's own `l_pix` and `l_percep`, the unweighted terms as `l_pix_<term>` and
-`l_perceptual_<term>`, averaged over processes, to the text log and TensorBoard (`losses/...`).
+once, by the loss; BasicSR adds what it returns. Images are RGB in [0, 1], as BasicSR's data sets give them. The models
+log, beside BasicSR's own `l_pix` and `l_percep`, the unweighted terms as `l_pix_<term>` and `l_perceptual_<term>`,
+averaged over processes, to the text log and TensorBoard (`losses/...`).
 
 BasicSR 1.4.2, the last release, imports a module that torchvision has renamed since 0.17; importing this module first
 lets it start nevertheless.

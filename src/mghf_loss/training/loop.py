@@ -223,12 +223,11 @@ def _learning_rate_factor(step: int, steps: int) -> float:
 def _add_noise(batch: Tensor, noise_floor: float, seed: int, first_slot: int) -> Tensor:
     """Add noise that is a function of (seed, slot), like the crops."""
     generator = torch.Generator(batch.device)
-    return torch.stack(
-        [
-            add_noise(image, noise_floor, generator.manual_seed(slot_seed("noise", seed, slot)))
-            for slot, image in enumerate(batch, first_slot)
-        ]
-    )
+    noisy = []
+    for slot, image in enumerate(batch, first_slot):
+        generator.manual_seed(slot_seed("noise", seed, slot))
+        noisy.append(add_noise(image, noise_floor, generator))
+    return torch.stack(noisy)
 
 
 @torch.no_grad()
