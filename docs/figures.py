@@ -174,7 +174,7 @@ def shift(gt: Tensor) -> Figure:
 @torch.no_grad()
 def distortions(gt: Tensor) -> Figure:
     """Every term for distortions of equal pixel MSE, over that of white noise."""
-    criterion = MGHFLoss(coefficients={"patch_nce": 0.008}, patches=None)
+    criterion = MGHFLoss(coefficients={"patch_nce": 0.008})
     terms = {name: distance(criterion, image, gt)[1] for name, image in distorted(gt).items()}
     noise = terms["noise"]
     ratios = np.array([[(row[term] / noise[term]).item() for term in noise] for row in terms.values()])

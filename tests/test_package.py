@@ -59,7 +59,6 @@ FLOORS = {
     "integrations.lightning": 12,
     "integrations.torchmetrics": 12,
     "functional": 10,
-    "metric": 8,
     "toy": 12,
     "calibrate": 13,
     "demo": 13,

@@ -93,14 +93,14 @@ def calibrate(
     images, and r the same of coefficient * term of the preset on photographs (`RATIOS`).
     """
     _checks.one_of("preset", preset, Preset)
-    task = _checks.one_of("task", default_task(preset) if task is None else task, Task)
+    chosen: Task = _checks.one_of("task", default_task(preset) if task is None else task, Task)
     if not images:
         raise ValueError("images must hold at least one image, got none")
     for image in images:
         _checks.image("image", image, least_size=32)
     generator = torch.Generator().manual_seed(0)
     gts = [_middle(image) for image in images]
-    found = gradient_ratios(preset, [(degrade(gt, task, generator), gt) for gt in gts], inn)
+    found = gradient_ratios(preset, [(degrade(gt, chosen, generator), gt) for gt in gts], inn)
     # A term whose gradient vanishes on these images keeps its coefficient: no factor would give it weight.
     preset_coefficients = PRESETS[preset].coefficients
     return {

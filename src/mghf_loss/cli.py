@@ -121,8 +121,8 @@ def _parser() -> argparse.ArgumentParser:
         "calibrate",
         help="coefficients of a preset for your images or your network",
         description="Print the coefficients with which every term of a preset has the same gradient, relative to L1's, "
-        "on your images or with your network as on photographs with the bundled one. The images are degraded by bicubic "
-        "x4, or by noise of 25/255. A minute for fifty images on one core.",
+        "on your images or with your network as on photographs with the bundled one. The images are degraded by "
+        "bicubic x4, or by noise of 25/255. A minute for fifty images on one core.",
         formatter_class=formatter,
     )
     calibrate.add_argument("--images", type=Path, required=True, help="folder of ground truths, searched recursively")

@@ -1,14 +1,30 @@
 """Lightning: a callback that logs terms and feature energies to any logger, and heat maps to TensorBoard.
 
+The loss itself needs no integration: it is an attribute of your module, whose checkpoints and optimiser do not see its
+network, and which moves it to the device.
+
     import lightning
-    from lightning.pytorch.loggers import TensorBoardLogger
+    from mghf_loss import MGHFLoss
     from mghf_loss.integrations.lightning import MGHFLogger
 
-    lightning.Trainer(logger=TensorBoardLogger("runs"), callbacks=[MGHFLogger(every=500)])
+    class SR(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.model = ...
+            self.criterion = MGHFLoss()
 
-The loss itself needs no integration: it is an attribute of your module, whose checkpoints and optimiser do not see its
-network, and which moves it to the device. The callback logs where `training_step` returns {"loss": loss, "sr": sr,
-"gt": gt}, and `validation_step` the last two. A whole module: examples/lightning_trainer.py.
+        def training_step(self, batch, batch_idx):
+            lr, gt = batch
+            sr = self.model(lr)
+            loss = F.l1_loss(sr, gt) + self.criterion(sr, gt)
+            self.log("train/loss", loss)
+            return {"loss": loss, "sr": sr, "gt": gt}  # what the callback sees; `return loss` where you do not want it
+
+    lightning.Trainer(callbacks=[MGHFLogger(every=500)], precision="bf16-mixed")
+
+The callback logs each term, so the module need not. In validation it does where `validation_step` returns
+{"sr": sr, "gt": gt}. See examples/lightning_trainer.py. With manual optimisation `global_step` counts the steps of all
+optimisers: two per batch in a GAN.
 """
 
 from __future__ import annotations
@@ -30,11 +46,17 @@ with needs("lightning", "pip install lightning"):
 class MGHFLogger(Callback):
     """Logs the loss, its terms and feature energies to every logger of the trainer, and pictures to TensorBoard.
 
-    Takes `sr` and `gt` from what `training_step` and `validation_step` return, a mapping with these keys; in validation
-    from the first batch of each data loader. A step that returns None is passed over. Writes on the first process
-    alone, to every `TensorBoardLogger`, with tags `mghf/train/...` and `mghf/val/...`; the step is the trainer's
-    `global_step`, which counts the steps of all optimisers: with manual optimisation of a GAN two per batch. Nothing is
-    written with `fast_dev_run`, which has no logger.
+    Takes `sr` and `gt` from what `training_step` and `validation_step` return, a mapping with these keys. A step that
+    returns None is passed over.
+
+    - Training: `mghf/train/loss`, `mghf/train/term/<name>` and `mghf/train/energy/...` every so many optimiser steps,
+      by the first process, of its batch. The step is the trainer's `global_step`, which counts optimiser steps. The
+      values do not wait for `log_every_n_steps`.
+    - Validation: `mghf/val/loss` and `mghf/val/term/<name>` through the module's `self.log`, as means over all batches
+      and processes, so that `ModelCheckpoint(monitor="mghf/val/loss")` finds them; the energies of the first batch. A
+      second data loader logs `mghf/val1/...`.
+    - Pictures, of the first process: those of `mghf_loss.integrations.tensorboard.log_pair`, to each
+      `TensorBoardLogger`, at the steps of training, and of the first batch of each data loader in validation.
 
     Args:
         criterion: name of the module's attribute that is a loss of this package.
@@ -63,13 +85,18 @@ class MGHFLogger(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check what would otherwise fail after hours."""
+        self._check(trainer, pl_module)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check again, for `Trainer.validate`."""
+        self._check(trainer, pl_module)
+
+    def _check(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not isinstance(uncompiled(getattr(pl_module, self.criterion, None)), Criterion):
             raise TypeError(f"{type(pl_module).__name__}.{self.criterion} must be a loss of mghf-loss for MGHFLogger")
         dry = getattr(trainer, "fast_dev_run", False)
         if not dry and not trainer.loggers:
             raise ValueError("MGHFLogger needs a logger, got a trainer without: lightning.Trainer(logger=...)")
-
-    on_validation_start = on_fit_start  # for `Trainer.validate`
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count from here: the steps before a resumption were logged."""

@@ -85,20 +85,6 @@ def energies(criterion: Criterion, sr: Tensor, gt: Tensor) -> dict[str, float]:
 def log_pictures(writer: SummaryWriter, criterion: Criterion, sr: Tensor, gt: Tensor, step: int, tag: str) -> None:
     """Write the images of a batch and their heat maps; see `log_pair`."""
     generator = torch.Generator().manual_seed(step)
-    with torch.no_grad():
-        loss, terms = criterion(sr, gt, return_terms=True, generator=generator)
-        writer.add_scalar(f"{tag}/loss", loss.mean().item(), step)
-        for name, value in terms.items():
-            writer.add_scalar(f"{tag}/term/{name}", value.mean().item(), step)
-        inn = getattr(criterion, "inn", None)
-        if inn is not None:
-            for name, image in (("sr", sr), ("gt", gt)):
-                image = rescale(inn.like(image), criterion.input_range, (-1.0, 1.0))
-                for level, features in enumerate(inn.network.features(image), 1):
-                    writer.add_scalar(f"{tag}/energy/level{level}_{name}", features.square().mean().item(), step)
-    if not images:
-        return
-    sr, gt = sr[:images], gt[:images]
     for name, image in (("sr", sr), ("gt", gt)):
         shown = rescale(image.detach().float(), criterion.input_range, (0.0, 1.0)).clamp(0, 1)
         writer.add_images(f"{tag}/{name}", shown, step)
