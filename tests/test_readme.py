@@ -40,7 +40,6 @@ LANGUAGES = {"python", "{.python}", "bash", "yaml", "toml", "bibtex"}
 NOT_RUN = {
     'pip install ".[demo]" && mghf-loss demo': "installs; .ci/run takes it from the README and runs it as it stands",
     'pip install -e ".[test]" && pytest': "installs, and is this suite; .ci/run takes it from the README too",
-    'pip install -e ".[bench]"': "installs the peers of the benchmarks",
     "pip install basicsr==1.4.2": "installs; the extra `test` has it",
     "pip install lightning tensorboard": "installs; the extra `test` has them",
     "bash benchmarks/gpu.sh ": "measures on an NVIDIA GPU; it refuses to start without one",
@@ -124,10 +123,10 @@ def test_included_programs_are_examples_that_a_test_runs(page: Path):
     run_by_tests = examples_run_by_tests()
     for block in blocks(page):
         if block.info == "{.python}":
-            match = re.fullmatch(r'--8<-- "examples/(\w+)\.py"\n', block.content)
+            match = re.fullmatch(r'--8<-- "examples/([\w/]+)\.py"\n', block.content)
             assert match
             assert (REPOSITORY / "examples" / f"{match[1]}.py").is_file()
-            assert match[1] in run_by_tests
+            assert Path(match[1]).name in run_by_tests
 
 
 def examples_run_by_tests() -> set[str]:
