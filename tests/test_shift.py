@@ -177,14 +177,15 @@ def test_the_average_is_0_at_identity_and_hardly_changes_with_the_phase(conditio
     sr = upscale(downscale(gt))
     spread = {}
     for shift in ("none", "average"):
-        options = {"coefficients": {"content": 1.0, "style": 0.0}, "conditioning": conditioning, "shift": shift}
+        options = {"coefficients": {"content": 1.0}, "conditioning": conditioning, "shift": shift}
         criterion = MGHFLoss(**options)
         assert criterion(gt, gt).abs() < 1e-6
         with torch.no_grad():
-            values = torch.stack([criterion(sr.roll((step, step), (2, 3)), gt.roll((step, step), (2, 3))) for step in range(5)])
+            rolled = [[image.roll((step, step), (2, 3)) for image in (sr, gt)] for step in range(5)]
+            values = torch.stack([criterion(*images) for images in rolled])
         spread[shift] = ((values.max() - values.min()) / values.mean()).item()
-    print(spread)
-    assert spread["average"] < 0.03 < 0.1 < spread["none"]
+    assert spread["none"] > 0.1
+    assert spread["average"] < min(0.06, 0.25 * spread["none"])
 
 
 @pytest.mark.compile
