@@ -106,6 +106,19 @@ def commands(page: Path) -> list[str]:
     return [re.sub(r"\s+", " ", line).strip() for line in text.splitlines() if line.strip()]
 
 
+def test_the_readme_is_short_and_renders_anywhere():
+    text = (REPOSITORY / "README.md").read_text()
+    assert len(text.splitlines()) <= 120
+    assert len(text.split()) <= 800
+    assert len(text[: text.index("pip install")].split()) <= 60
+    assert len(text[: text.index("import ")].split()) <= 90
+    targets = re.findall(r"\]\(([^)]+)\)", text)
+    assert targets
+    assert all(target.startswith("https://") for target in targets)  # a package index knows no other files
+    for path in re.findall(r"https://[\w./-]+/mghf-loss/(?:blob/|tree/|)main/([\w./-]+)", text):
+        assert (REPOSITORY / path).exists(), path
+
+
 @pytest.mark.parametrize("page", PAGES, ids=page_name)
 def test_every_block_says_what_it_is(page: Path):
     assert {block.info for block in blocks(page)} <= LANGUAGES
