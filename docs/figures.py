@@ -174,12 +174,13 @@ def shift(gt: Tensor) -> Figure:
 @torch.no_grad()
 def distortions(gt: Tensor) -> Figure:
     """Every term for distortions of equal pixel MSE, over that of white noise."""
-    criterion = MGHFLoss(coefficients={"patch_nce": 0.008}, patches=None)
+    criterion = MGHFLoss(coefficients={"patch_nce": 0.008})
     terms = {name: distance(criterion, image, gt)[1] for name, image in distorted(gt).items()}
     noise = terms["noise"]
     ratios = np.array([[(row[term] / noise[term]).item() for term in noise] for row in terms.values()])
+    ratios[ratios < 1e-6] = 0  # rounding
     figure, axis = plt.subplots(figsize=(7, 2.6), layout="constrained", dpi=110)
-    axis.imshow(ratios, cmap="RdBu_r", norm=LogNorm(1 / 30, 30), aspect="auto")
+    axis.imshow(ratios.clip(1 / 30), cmap="RdBu_r", norm=LogNorm(1 / 30, 30, clip=True), aspect="auto")
     for (row, column), ratio in np.ndenumerate(ratios):
         dark = abs(math.log(max(ratio, 1e-9))) > 2
         axis.text(column, row, f"{ratio:.2g}", ha="center", va="center", color="white" if dark else "black")

@@ -140,8 +140,8 @@ def mask(value: Any, sr: Tensor) -> None:
 FOREIGN = {
     "data_range": "use input_range=(black, white), for instance input_range=(0, 255)",
     "normalize": "use input_range=(0, 1) for images in [0, 1], input_range=(-1, 1) for images in [-1, 1]",
-    "loss_weight": "multiply the loss, 0.05 * criterion(sr, gt); only the losses of a trainer take loss_weight",
-    "weight": "multiply the loss, 0.05 * criterion(sr, gt), or pass a weight map as criterion(sr, gt, mask=...)",
+    "loss_weight": "multiply the loss, 0.5 * criterion(sr, gt); only the losses of a trainer take loss_weight",
+    "weight": "multiply the loss, 0.5 * criterion(sr, gt), or pass a weight map as criterion(sr, gt, mask=...)",
     "size_average": 'use reduction="mean" or "sum"',
 }
 

@@ -191,7 +191,7 @@ class MGHFnLoss(FeatureCriterion):
 
     Raises:
         ValueError, TypeError: from the constructor or `forward`, naming what came and what was expected.
-        CheckpointError: the network cannot be had or is damaged.
+        CheckpointError: the network cannot be loaded or is damaged.
 
     The loss is the mean over levels of mean (F_sr - F_gt)^2. The features F of a frozen invertible network are
     whitened: an error of 1 is one standard deviation of what the coarse image leaves open, so texture masks errors and
@@ -257,7 +257,7 @@ class MGHFLoss(FeatureCriterion):
 
     Raises:
         ValueError, TypeError: from the constructor or `forward`, naming what came and what was expected.
-        CheckpointError: a network that the terms need cannot be had or is damaged.
+        CheckpointError: a network that the terms need cannot be loaded or is damaged.
 
     The terms, each a mean over the network's levels, are `content` (MSE), `style` (Gram matrices), `correlation`
     (1 - Pearson's r), `texture` (local strength) and `patch_nce` (modulated PatchNCE) of `mghf_loss.terms`;

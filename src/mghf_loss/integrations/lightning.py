@@ -16,7 +16,7 @@ network, and which moves it to the device.
         def training_step(self, batch, batch_idx):
             lr, gt = batch
             sr = self.model(lr)
-            loss = F.l1_loss(sr, gt) + 0.05 * self.criterion(sr, gt)
+            loss = F.l1_loss(sr, gt) + self.criterion(sr, gt)
             self.log("train/loss", loss)
             return {"loss": loss, "sr": sr, "gt": gt}  # what the callback sees; `return loss` where you do not want it
 
