@@ -170,7 +170,7 @@ def test_a_heat_map_shows_images_and_terms_at_their_size_on_one_scale(tmp_path, 
     for column, path in enumerate((sr_path, gt_path)):
         with Image.open(path) as image:
             assert np.abs(panel(0, column) - np.asarray(image)).max() <= 1
-    maps = heatmap(MGHFLoss(patches=None), read_image(sr_path), read_image(gt_path), tile=cli.HEAT_TILE)
+    maps = heatmap(MGHFLoss(), read_image(sr_path), read_image(gt_path), tile=512)
     high = np.quantile(maps["total"].numpy(), 0.99)
     for row, column, name in ((0, 3, "total"), (1, 0, "content"), (1, 2, "correlation")):
         expected = 255 * colormaps["inferno"]((maps[name][0].numpy() / high).clip(0, 1))[..., :3]
