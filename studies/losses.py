@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.peers import PEERS
-from mghf_loss import HighFrequencyINN, INNConfig, MGHFLoss, MGHFnLoss
+from mghf_loss import HighFrequencyINN, INNConfig, MGHFLoss, MGHFnLoss, calibrate
 from mghf_loss.coupling import Bottleneck, ChannelMixing
 
 from . import efficientnet
@@ -61,18 +61,9 @@ def build(kind: str, options: Mapping[str, Any] | None = None, device: str = "cp
     raise ValueError(f"unknown loss type {kind!r}, known are {', '.join(TYPES)} and module:function")
 
 
-def gradient_norms(loss: Loss, sr: Tensor, gt: Tensor) -> Tensor:
-    """Norm of d loss / d sr of every image alone, (B,)."""
-    norms = []
-    for s, g in zip(sr.split(1), gt.split(1), strict=True):
-        leaf = s.detach().clone().requires_grad_()
-        norms.append(torch.autograd.grad(loss(leaf, g, torch.Generator().manual_seed(0)), leaf)[0].norm())
-    return torch.stack(norms)
-
-
 def gradient_ratio(loss: Loss, sr: Tensor, gt: Tensor) -> float:
-    """Median over images of `gradient_norms` over that of L1: 1 / this is the factor of equal gradients."""
-    return (gradient_norms(loss, sr, gt).median() / gradient_norms(l1, sr, gt).median()).item()
+    """Median over images of the norm of d loss / d sr, over that of L1: 1 / this is the factor of equal gradients."""
+    return calibrate.gradient_ratio(lambda s, g: loss(s, g, torch.Generator().manual_seed(0)), [(sr, gt)])
 
 
 def l1(sr: Tensor, gt: Tensor, generator: torch.Generator | None = None) -> Tensor:

@@ -311,7 +311,7 @@ def test_a_missing_extra_is_named(command, module, extra, pair, tmp_path, monkey
             monkeypatch.delattr(training, name)
     monkeypatch.setitem(sys.modules, module, None)
     assert cli.main([command, *arguments.get(command, arguments.get(module, []))]) == 2
-    assert f"pip install 'mghf-loss[{extra}]'" in capsys.readouterr().err
+    assert f"it is in the extra {extra}: pip install '.[{extra}]'" in capsys.readouterr().err
 
 
 @pytest.mark.process

@@ -178,7 +178,8 @@ def test_compile_and_autocast():
 
 def mghfloss(precision: str, patches: int | None) -> tuple[Tensor, Tensor]:
     torch.manual_seed(0)
-    criterion = MGHFLoss(inn=HighFrequencyINN(INNConfig(hidden=8)), patches=patches, precision=precision).to(DEVICE)
+    inn = HighFrequencyINN(INNConfig(hidden=8))
+    criterion = MGHFLoss("paper", inn=inn, patches=patches, precision=precision).to(DEVICE)
     gt = torch.rand(2, 3, 64, 80, device=DEVICE)
     sr = (gt + 0.1 * torch.randn_like(gt)).requires_grad_()
     loss = criterion(sr, gt, generator=torch.Generator(DEVICE).manual_seed(1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import subprocess
 import sys
@@ -79,15 +80,14 @@ def test_values_are_those_of_a_loop_written_by_hand(example, tmp_path):
     module = example.SR()
     hand = SmallSR()
     hand.load_state_dict(module.model.state_dict())
-    module.criterion = MGHFLoss(coefficients={"patch_nce": 0.0})  # no random places
     got = fit(module, loader, tmp_path, precision="bf16-mixed", accumulate_grad_batches=2, limit_val_batches=0)
 
     optimiser = torch.optim.Adam(hand.parameters(), lr=1e-3)
-    criterion, expected = MGHFLoss(coefficients={"patch_nce": 0.0}), []
+    criterion, expected = MGHFLoss(), []
     for index, gt in enumerate(loader):
         with torch.autocast("cpu", torch.bfloat16):
             sr = hand(downscale(gt))
-            loss = F.l1_loss(sr, gt) + 0.05 * criterion(sr, gt)
+            loss = F.l1_loss(sr, gt) + criterion(sr, gt)
         (loss / 2).backward()
         if index % 2:
             optimiser.step()
@@ -132,9 +132,37 @@ def test_the_callback_writes_every_loader_to_every_writer_in_inference_mode(exam
 
 
 def test_the_callback_writes_on_the_first_process_alone(example, tmp_path, monkeypatch):
+    """Validation goes through Lightning, which averages over processes."""
     monkeypatch.setattr(lightning.Trainer, "is_global_zero", property(lambda trainer: False))
     fit(example.SR(), batches(2, 16), tmp_path, callbacks=[MGHFLogger(every=1)])
-    assert not [tag for tag in logged(tmp_path).Tags()["scalars"] if "mghf/" in tag]
+    tags = logged(tmp_path).Tags()
+    assert not [tag for tag in tags["scalars"] if tag.startswith("mghf/train")]
+    assert "mghf/val/loss" in tags["scalars"]
+    assert tags["images"] == []
+
+
+def test_any_logger_gets_each_term_once(example, tmp_path):
+    """Beside Lightning's own interval, which is larger; validation has the mean over its batches."""
+    module, loader = example.SR(), batches(6, 16)
+    loop = trainer(tmp_path, logger=CSVLogger(tmp_path), callbacks=[MGHFLogger(every=2)], log_every_n_steps=50)
+    loop.fit(module, loader, loader)
+    loop.logger.save()
+    with Path(loop.logger.log_dir, "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    train = [row for row in rows if row["mghf/train/term/content"]]
+    assert [int(row["step"]) for row in train] == [2]
+    (val,) = [row for row in rows if row["mghf/val/term/content"]]
+    terms = {name.rsplit("/", 1)[1] for name in rows[0] if "/term/" in name}
+    assert terms == {"content", "style", "correlation", "texture"}
+    for name in terms:
+        assert [column for column in rows[0] if column.endswith(f"/{name}")] == [
+            f"mghf/{stage}/term/{name}" for stage in ("train", "val") if f"mghf/{stage}/term/{name}" in rows[0]
+        ]
+    with torch.no_grad():
+        seed = torch.Generator().manual_seed(3)  # the callback's: the step
+        expected = [module.criterion(module.model(downscale(gt)), gt, generator=seed).item() for gt in loader]
+    assert float(val["mghf/val/loss"]) == pytest.approx(sum(expected) / len(expected), rel=1e-4)
+    assert float(loop.callback_metrics["mghf/val/loss"]) == pytest.approx(float(val["mghf/val/loss"]), rel=1e-6)
 
 
 class TwoOptimisers(lightning.LightningModule):
@@ -217,8 +245,8 @@ def test_a_dry_run_needs_no_logger(example, tmp_path):
 
 def test_mistakes_are_named_before_they_cost_time(example, tmp_path):
     loader = batches(2, 16)
-    with pytest.raises(ValueError, match="MGHFLogger needs a TensorBoardLogger"):
-        fit(example.SR(), loader, tmp_path, logger=CSVLogger(tmp_path), callbacks=[MGHFLogger()])
+    with pytest.raises(ValueError, match="MGHFLogger needs a logger"):
+        fit(example.SR(), loader, tmp_path, logger=False, callbacks=[MGHFLogger()])
     with pytest.raises(TypeError, match=r"SR\.loss must be a loss of mghf-loss"):
         fit(example.SR(), loader, tmp_path, callbacks=[MGHFLogger("loss")])
     module = example.SR()
@@ -245,8 +273,10 @@ def test_the_example_runs_with_bf16_and_accumulation(tmp_path):
     state = torch.load(checkpoint, weights_only=True)
     assert state["global_step"] == 2  # of two batches each
     assert all(key.startswith("model.") for key in state["state_dict"])
-    tags, terms = read(folder).Tags(), ["content", "style", "correlation", "patch_nce"]
-    assert {f"train/{name}" for name in ["loss", *terms]} <= set(tags["scalars"])
+    tags = read(folder).Tags()
+    terms = [name for name, factor in MGHFLoss().coefficients.items() if factor]
+    assert {"train/loss", "val/psnr"} <= set(tags["scalars"])
+    assert not {f"train/{name}" for name in terms} & set(tags["scalars"])  # each term once
     for stage in ("train", "val"):
         assert {f"mghf/{stage}/term/{name}" for name in terms} <= set(tags["scalars"])
         assert f"mghf/{stage}/energy/level3_sr" in tags["scalars"]

@@ -40,7 +40,6 @@ LANGUAGES = {"python", "{.python}", "bash", "yaml", "toml", "bibtex"}
 NOT_RUN = {
     'pip install ".[demo]" && mghf-loss demo': "installs; .ci/run takes it from the README and runs it as it stands",
     'pip install -e ".[test]" && pytest': "installs, and is this suite; .ci/run takes it from the README too",
-    'pip install -e ".[bench]"': "installs the peers of the benchmarks",
     "pip install basicsr==1.4.2": "installs; the extra `test` has it",
     "pip install lightning tensorboard": "installs; the extra `test` has them",
     "step = torch.cuda.make_graphed_callables(": "a CUDA graph; tests/test_cuda.py makes one where there is a GPU",
@@ -108,6 +107,19 @@ def commands(page: Path) -> list[str]:
     return [re.sub(r"\s+", " ", line).strip() for line in text.splitlines() if line.strip()]
 
 
+def test_the_readme_is_short_and_renders_anywhere():
+    text = (REPOSITORY / "README.md").read_text()
+    assert len(text.splitlines()) <= 120
+    assert len(text.split()) <= 800
+    assert len(text[: text.index("pip install")].split()) <= 60
+    assert len(text[: text.index("import ")].split()) <= 90
+    targets = re.findall(r"\]\(([^)]+)\)", text)
+    assert targets
+    assert all(target.startswith("https://") for target in targets)  # a package index knows no other files
+    for path in re.findall(r"https://[\w./-]+/mghf-loss/(?:blob/|tree/|)main/([\w./-]+)", text):
+        assert (REPOSITORY / path).exists(), path
+
+
 @pytest.mark.parametrize("page", PAGES, ids=page_name)
 def test_every_block_says_what_it_is(page: Path):
     assert {block.info for block in blocks(page)} <= LANGUAGES
@@ -125,10 +137,10 @@ def test_included_programs_are_examples_that_a_test_runs(page: Path):
     run_by_tests = examples_run_by_tests()
     for block in blocks(page):
         if block.info == "{.python}":
-            match = re.fullmatch(r'--8<-- "examples/(\w+)\.py"\n', block.content)
+            match = re.fullmatch(r'--8<-- "examples/([\w/]+)\.py"\n', block.content)
             assert match
             assert (REPOSITORY / "examples" / f"{match[1]}.py").is_file()
-            assert match[1] in run_by_tests
+            assert Path(match[1]).name in run_by_tests
 
 
 def examples_run_by_tests() -> set[str]:

@@ -91,9 +91,16 @@ def image(name: str, value: Any, least_size: int = 1) -> None:
         )
     shape = tuple(value.shape)
     if value.ndim != 4:
-        raise ValueError(f"{name} must have shape (B, 3, H, W), got {shape}")
+        remedy = {
+            3: f"; for one image use {name}[None]",
+            5: f"; for video (B, T, 3, H, W) flatten time into the batch, {name}.flatten(0, 1)",
+        }.get(value.ndim, "")
+        raise ValueError(f"{name} must have shape (B, 3, H, W), got {shape}{remedy}")
     if shape[1] != 3:
-        remedy = f"; for grey images use {name}.expand(-1, 3, -1, -1)" if shape[1] == 1 else ""
+        remedy = {
+            1: f"; for grey images use {name}.expand(-1, 3, -1, -1)",
+            4: f"; drop alpha with {name}[:, :3], or decode latents to images first",
+        }.get(shape[1], "")
         raise ValueError(f"{name} must have 3 channels (RGB), got {shape[1]} (shape {shape}){remedy}")
     if shape[0] < 1:
         raise ValueError(f"{name} must hold at least one image, got shape {shape}")
@@ -114,6 +121,36 @@ def pair(sr: Any, gt: Any, least_size: int = 1) -> None:
             "gt requires a gradient and sr does not, but gradient flows to sr alone: are the two swapped? "
             "Expected criterion(sr, gt); if the order is meant, pass gt.detach()"
         )
+
+
+def mask(value: Any, sr: Tensor) -> None:
+    """Raise unless `value` is a mask, boolean or of floating point, that expands from one channel to `sr`."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"mask must be a torch.Tensor, got {type(value).__name__}")
+    if value.dtype != torch.bool and not value.is_floating_point():
+        raise TypeError(f"mask must be boolean or a floating-point tensor of weights, got {value.dtype}")
+    batch, _, height, width = sr.shape
+    if value.ndim != 4 or value.shape[0] not in (1, batch) or value.shape[1:] != (1, height, width):
+        raise ValueError(f"mask must have shape ({batch} or 1, 1, {height}, {width}), got {tuple(value.shape)}")
+    if value.device != sr.device:
+        raise ValueError(f"mask must be on the device of sr, got mask on {value.device} and sr on {sr.device}")
+
+
+# Arguments of other libraries' losses, and what to use here.
+FOREIGN = {
+    "data_range": "use input_range=(black, white), for instance input_range=(0, 255)",
+    "normalize": "use input_range=(0, 1) for images in [0, 1], input_range=(-1, 1) for images in [-1, 1]",
+    "loss_weight": "multiply the loss, 0.5 * criterion(sr, gt); only the losses of a trainer take loss_weight",
+    "weight": "multiply the loss, 0.5 * criterion(sr, gt), or pass a weight map as criterion(sr, gt, mask=...)",
+    "size_average": 'use reduction="mean" or "sum"',
+}
+
+
+def foreign(name: str, given: Iterable[str]) -> None:
+    """Raise where one of the keywords `given` is another library's word for what has its own here."""
+    for keyword in given:
+        if keyword in FOREIGN:
+            raise TypeError(f"{name} has no argument {keyword!r}: {FOREIGN[keyword]}")
 
 
 def levels(sr_level: Tensor, gt_level: Tensor, channel_weights: Tensor | None) -> None:

@@ -48,9 +48,7 @@ class GTCache(Generic[Value]):
             self._last = WeakTensorKeyDictionary()  # first, so that two values are never held at once
             remembered = key, compute(gt)
             # Replaced rather than filled: whatever other threads do, there is one.
-            last = WeakTensorKeyDictionary()
-            last[gt] = remembered
-            self._last = last
+            self._last = WeakTensorKeyDictionary({gt: remembered})
         return remembered[1]
 
     def __reduce__(self) -> tuple[type[GTCache[Value]], tuple[bool]]:

@@ -32,8 +32,14 @@ def shift(image: Tensor, offsets: Tensor) -> Tensor:
 
     A permutation: every pixel counts once, and the gradient of a pixel arrives at that pixel.
     """
-    batch, _, height, width = image.shape
+    height, width = image.shape[2:]
     rows = (torch.arange(height, device=image.device) + offsets[:, :1]) % height
     columns = (torch.arange(width, device=image.device) + offsets[:, 1:]) % width
-    image = image.gather(2, rows.view(batch, 1, height, 1).expand_as(image))
-    return image.gather(3, columns.view(batch, 1, 1, width).expand_as(image))
+    return _select_rows(_select_rows(image, rows).transpose(2, 3), columns).transpose(2, 3)
+
+
+def _select_rows(image: Tensor, rows: Tensor) -> Tensor:
+    """Rows of images (B, C, H, W) by their numbers, (B, H); `gather` would keep the image for the backward pass."""
+    batch, channels, height, width = image.shape
+    first = torch.arange(batch * channels, device=image.device).view(batch, channels, 1) * height
+    return image.reshape(-1, width).index_select(0, (first + rows[:, None]).flatten()).view(image.shape)

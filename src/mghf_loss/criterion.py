@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from functools import wraps
 from types import MappingProxyType
 from typing import Any, Literal, cast, overload
 
@@ -33,6 +35,19 @@ class Criterion(nn.Module, ABC):
         self.input_range = _checks.input_range(input_range)
         self.reduction: terms.Reduction = _checks.one_of("reduction", reduction, terms.Reduction)
         self._has_seen_gt = False
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Let the constructor name its own argument where it is given that of another library."""
+        super().__init_subclass__(**options)
+        construct = cls.__init__
+        known = inspect.signature(construct).parameters
+
+        @wraps(construct)
+        def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+            _checks.foreign(cls.__name__, kwargs.keys() - known)
+            construct(self, *args, **kwargs)
+
+        cls.__init__ = __init__  # type: ignore[method-assign]
 
     @property
     def least_size(self) -> int:
@@ -77,10 +92,14 @@ class Criterion(nn.Module, ABC):
     def _terms(self, sr: Tensor, gt: Tensor, generator: torch.Generator | None) -> dict[str, Tensor]:
         """Unweighted terms by name and per image (B,) of a checked pair."""
 
-    def term_values(self, sr: Tensor, gt: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+    def term_values(
+        self, sr: Tensor, gt: Tensor, generator: torch.Generator | None = None, *, mask: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """Unweighted terms by name and per image (B,), differentiable in `sr`; arguments as in `forward`."""
         _checks.generator(generator)
         _checks.pair(sr, gt, self.least_size)
+        if mask is not None:
+            sr = masked(sr, gt, mask)
         values = self._terms(sr, gt, generator)
         is_traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
         if not self._has_seen_gt and not is_traced:  # inside vmap, images have no values that can be looked at
@@ -96,15 +115,29 @@ class Criterion(nn.Module, ABC):
         *,
         return_terms: Literal[False] = False,
         generator: torch.Generator | None = None,
+        mask: Tensor | None = None,
     ) -> Tensor: ...
 
     @overload
     def forward(
-        self, sr: Tensor, gt: Tensor, *, return_terms: Literal[True], generator: torch.Generator | None = None
+        self,
+        sr: Tensor,
+        gt: Tensor,
+        *,
+        return_terms: Literal[True],
+        generator: torch.Generator | None = None,
+        mask: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]: ...
 
     def forward(
-        self, sr: Tensor, gt: Tensor, *, return_terms: bool = False, generator: torch.Generator | None = None
+        self,
+        sr: Tensor,
+        gt: Tensor,
+        *,
+        return_terms: bool = False,
+        generator: torch.Generator | None = None,
+        mask: Tensor | None = None,
+        **unknown: Any,
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of `sr` against `gt`, both (B, 3, H, W) in `input_range`; gradient to `sr` only.
 
@@ -114,17 +147,26 @@ class Criterion(nn.Module, ABC):
             sr: super-resolved images.
             gt: ground truth; never gets a gradient.
             return_terms: also return the unweighted terms by name, detached, reduced like the loss.
-            generator: its seed, with the two images, chooses PatchNCE's random locations. Nothing is drawn from it, so
-                that gradient checkpointing computes the same loss again.
+            generator: its seed, with GT, chooses the shift of the Haar grid and PatchNCE's random locations. Nothing is
+                drawn from it, so gradient checkpointing computes the same loss again.
+            mask: weight of each pixel's error, (B or 1, 1, H, W), boolean or in [0, 1]. The loss compares
+                mask * sr + (1 - mask) * gt with `gt`: errors where the mask is 0 count nothing, and gradients are
+                multiplied by the mask, for all terms alike. The mask gets no gradient.
+            **unknown: refused; the error names the argument to use instead of one of another library's.
         """
-        values = self.term_values(sr, gt, generator)
+        if unknown:
+            _checks.foreign(type(self).__name__, unknown)
+            raise TypeError(f"{type(self).__name__} takes sr, gt and options, got an unknown {', '.join(unknown)}")
+        values = self.term_values(sr, gt, generator, mask=mask)
         total = sum(self._coefficients[name] * value for name, value in values.items())
         loss = terms.reduce(cast(Tensor, total), self.reduction)
         if not return_terms:
             return loss
         return loss, {name: terms.reduce(value.detach(), self.reduction) for name, value in values.items()}
 
-    def heatmap(self, sr: Tensor, gt: Tensor, *, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+    def heatmap(
+        self, sr: Tensor, gt: Tensor, *, generator: torch.Generator | None = None, mask: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """Show where a training step would change SR: |d(coefficient * term) / d sr| of every term and of `total`.
 
         sr, gt (B, 3, H, W) in `input_range` -> (B, H, W) by name, in float32 at least: the Euclidean norm over
@@ -142,7 +184,7 @@ class Criterion(nn.Module, ABC):
             sr = sr.to(torch.promote_types(sr.dtype, torch.float32))
             sr, gt = (image.clone() if image.is_inference() else image for image in (sr, gt))
             sr = sr.detach().requires_grad_()
-            values = self.term_values(sr, gt, generator)
+            values = self.term_values(sr, gt, generator, mask=mask)
             gradients = {
                 name: torch.autograd.grad(self._coefficients[name] * value.sum(), sr, retain_graph=True)[0]
                 for name, value in values.items()
@@ -168,6 +210,16 @@ def merged_coefficients(coefficients: Mapping[str, float], changes: Mapping[str,
     if not any(merged.values()):
         raise ValueError("all coefficients are 0: there is nothing to compute")
     return merged
+
+
+def masked(sr: Tensor, gt: Tensor, mask: Tensor) -> Tensor:
+    """Return mask * sr + (1 - mask) * gt, exactly `sr` where the mask is 1 and `gt` where it is 0."""
+    _checks.mask(mask, sr)
+    gt = gt.detach()
+    if mask.dtype == torch.bool:
+        return torch.where(mask, sr, gt)  # what is not finite in SR, and masked out, has no effect
+    dtype = torch.promote_types(sr.dtype, gt.dtype)
+    return torch.lerp(gt.to(dtype), sr.to(dtype), mask.detach().to(dtype))
 
 
 def rescale(image: Tensor, source: tuple[float, float], target: tuple[float, float]) -> Tensor:

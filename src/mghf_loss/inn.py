@@ -322,7 +322,7 @@ class HighFrequencyINN(
         """Load `"bundled"`, `"org/name"` or `"org/name@revision"` from the Hub, a folder or a file, in eval mode.
 
         `hub_options` (`revision`, `cache_dir`, `token`, `local_files_only`, `force_download`) go to
-        `huggingface_hub.hf_hub_download`. Raises `CheckpointError` where the checkpoint cannot be had, is
+        `huggingface_hub.hf_hub_download`. Raises `CheckpointError` where the checkpoint cannot be loaded, is
         damaged or is not of this network.
         """
         checkpoint = checkpoints.load(pretrained_model_name_or_path, **hub_options)

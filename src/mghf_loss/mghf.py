@@ -41,9 +41,11 @@ class Settings:
 
 OFF = dict.fromkeys(("content", "style", "correlation", "texture", "patch_nce", "dino_jsd"), 0.0)
 PRESETS: dict[Preset, Settings] = {
-    "balanced": Settings(OFF | {"content": 0.0625, "correlation": 0.05, "texture": 0.1}),
-    "sharp": Settings(OFF | {"content": 0.0625, "correlation": 0.05, "texture": 0.4}),
-    "gan": Settings(OFF | {"content": 0.0625, "correlation": 0.05, "texture": 0.1}),
+    "balanced": Settings(
+        OFF | {"content": 0.0625, "style": 60.0, "correlation": 0.5, "texture": 0.15}, conditioning="gt"
+    ),
+    "sharp": Settings(OFF | {"content": 0.05, "style": 150.0, "correlation": 0.2, "texture": 0.05}),
+    "gan": Settings(OFF | {"content": 0.0625, "correlation": 0.2, "texture": 0.1}, conditioning="gt"),
     "denoise": Settings(OFF | {"content": 0.05}),
     "paper": Settings(
         OFF | {"content": 5.0, "style": 600.0, "correlation": 1.0, "patch_nce": 0.008},
@@ -82,20 +84,21 @@ class FeatureCriterion(Criterion):
     def __init__(
         self,
         coefficients: Mapping[str, float],
-        inn: str | Path | HighFrequencyINN | None,
+        inn: str | Path | HighFrequencyINN,
         conditioning: Conditioning,
         shift: Shift,
         input_range: tuple[float, float],
         reduction: terms.Reduction,
         memory: Memory,
         cache_gt: bool,
+        needs_inn: bool = True,
     ) -> None:
         super().__init__(coefficients, input_range, reduction)
         self.conditioning: Conditioning = _checks.one_of("conditioning", conditioning, Conditioning)
         self.shift: Shift = _checks.one_of("shift", shift, Shift)
         self.memory: Memory = _checks.one_of("memory", memory, Memory)
         self.gt_pyramids: GTCache[list[GTPyramid]] = GTCache(cache_gt)
-        self.inn = None if inn is None else _load(inn)
+        self.inn = _load(inn) if needs_inn else None
 
     @abstractmethod
     def _level_terms(self, sr: Tensor, gt: GTLevel, seed: Tensor) -> dict[str, Tensor]:
@@ -162,8 +165,8 @@ class FeatureCriterion(Criterion):
 class MGHFnLoss(FeatureCriterion):
     """Compare the high-frequency details of SR and GT by one squared error (MGHF-n).
 
-    sr, gt (B, 3, H, W), H and W at least 8 with the bundled network -> 0-d tensor in [0, inf), 0 iff all detail
-    features are equal. The low-pass band below the coarsest level is not compared: keep a pixel loss beside it.
+    sr, gt (B, 3, H, W), H and W at least 8 with the bundled network -> 0-d tensor in [0, inf), 0 iff all
+    details are equal. The low-pass band below the coarsest level is not compared: keep a pixel loss beside it.
 
     >>> sr, gt = torch.rand(2, 1, 3, 64, 64)
     >>> criterion = MGHFnLoss()
@@ -173,8 +176,9 @@ class MGHFnLoss(FeatureCriterion):
     Args:
         inn: `"bundled"`, `"org/name"` or `"org/name@revision"` on the Hub, a folder, a .safetensors file, or a
             `HighFrequencyINN`, which is taken over: frozen and set to eval mode.
-        conditioning: what the couplings of SR's features take their shift and scale from: `"own"`, from SR, or
-            `"gt"`, from GT; the loss is a convex quadratic form in SR then (`HighFrequencyINN.difference`).
+        conditioning: what the couplings of SR's features take their shift and scale from: `"gt"`, from GT, which
+            makes the loss a convex quadratic form in SR and needs no network on SR's side
+            (`HighFrequencyINN.difference`), or `"own"`, from SR, as in the paper.
         shift: of the Haar grid, common to SR and GT: `"random"` follows from GT and the generator's seed,
             `"average"` takes the mean over 2^levels shifts, for a value to report, `"none"` is the paper's.
         input_range: values of black and white; values outside are taken as they are, never clamped.
@@ -187,7 +191,7 @@ class MGHFnLoss(FeatureCriterion):
 
     Raises:
         ValueError, TypeError: from the constructor or `forward`, naming what came and what was expected.
-        CheckpointError: the network cannot be had or is damaged.
+        CheckpointError: the network cannot be loaded or is damaged.
 
     The loss is the mean over levels of mean (F_sr - F_gt)^2. The features F of a frozen invertible network are
     whitened: an error of 1 is one standard deviation of what the coarse image leaves open, so texture masks errors and
@@ -201,7 +205,7 @@ class MGHFnLoss(FeatureCriterion):
         self,
         inn: str | Path | HighFrequencyINN = "bundled",
         *,
-        conditioning: Conditioning = "own",
+        conditioning: Conditioning = "gt",
         shift: Shift = "random",
         input_range: tuple[float, float] = (0.0, 1.0),
         reduction: terms.Reduction = "mean",
@@ -253,7 +257,7 @@ class MGHFLoss(FeatureCriterion):
 
     Raises:
         ValueError, TypeError: from the constructor or `forward`, naming what came and what was expected.
-        CheckpointError: a network that the terms need cannot be had or is damaged.
+        CheckpointError: a network that the terms need cannot be loaded or is damaged.
 
     The terms, each a mean over the network's levels, are `content` (MSE), `style` (Gram matrices), `correlation`
     (1 - Pearson's r), `texture` (local strength) and `patch_nce` (modulated PatchNCE) of `mghf_loss.terms`;
@@ -290,13 +294,14 @@ class MGHFLoss(FeatureCriterion):
         active = {name for name, factor in factors.items() if factor}
         super().__init__(
             factors,
-            inn if active - {"dino_jsd"} else None,
+            inn,
             settings.conditioning if conditioning is None else conditioning,
             settings.shift if shift is None else shift,
             input_range,
             reduction,
             memory,
             cache_gt,
+            needs_inn=bool(active - {"dino_jsd"}),
         )
         self.weighting = _checks.one_of("weighting", weighting or settings.weighting, Weighting)
         self.prune = settings.prune if prune is None else _checks.number("prune", prune, below=1)

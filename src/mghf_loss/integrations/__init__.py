@@ -1,4 +1,4 @@
-"""The losses inside trainers: BasicSR, neosr, traiNNer-redux, Lightning; logs for TensorBoard. One file each.
+"""The losses inside trainers: BasicSR, neosr, traiNNer-redux, Lightning; logs; a metric. One file each.
 
 A file imports its framework and nothing imports the file but you: `import mghf_loss` needs none of them.
 """

@@ -1,4 +1,4 @@
-"""Lightning: a callback that logs terms, heat maps and feature energies to TensorBoard.
+"""Lightning: a callback that logs terms and feature energies to any logger, and heat maps to TensorBoard.
 
 The loss itself needs no integration: it is an attribute of your module, whose checkpoints and optimiser do not see its
 network, and which moves it to the device.
@@ -16,15 +16,15 @@ network, and which moves it to the device.
         def training_step(self, batch, batch_idx):
             lr, gt = batch
             sr = self.model(lr)
-            mghf, terms = self.criterion(sr, gt, return_terms=True)
-            self.log_dict({f"train/{name}": value for name, value in terms.items()})
-            loss = F.l1_loss(sr, gt) + 0.05 * mghf
+            loss = F.l1_loss(sr, gt) + self.criterion(sr, gt)
+            self.log("train/loss", loss)
             return {"loss": loss, "sr": sr, "gt": gt}  # what the callback sees; `return loss` where you do not want it
 
-    lightning.Trainer(logger=TensorBoardLogger("runs"), callbacks=[MGHFLogger(every=500)], precision="bf16-mixed")
+    lightning.Trainer(callbacks=[MGHFLogger(every=500)], precision="bf16-mixed")
 
-Also written for validation where `validation_step` returns {"sr": sr, "gt": gt}. See examples/lightning_trainer.py.
-With manual optimisation `global_step` counts the steps of all optimisers: two per batch in a GAN.
+The callback logs each term, so the module need not. In validation it does where `validation_step` returns
+{"sr": sr, "gt": gt}. See examples/lightning_trainer.py. With manual optimisation `global_step` counts the steps of all
+optimisers: two per batch in a GAN.
 """
 
 from __future__ import annotations
@@ -36,10 +36,7 @@ from torch import Tensor
 
 from ..criterion import Criterion
 from . import needs
-from .tensorboard import log_pair, uncompiled
-
-with needs("tensorboard", "pip install tensorboard"):
-    from torch.utils.tensorboard import SummaryWriter
+from .tensorboard import energies, log_pictures, loss_and_terms, uncompiled
 
 with needs("lightning", "pip install lightning"):
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -47,12 +44,19 @@ with needs("lightning", "pip install lightning"):
 
 
 class MGHFLogger(Callback):
-    """Writes `log_pair` of `mghf_loss.integrations.tensorboard` every so many optimiser steps, and in validation.
+    """Logs the loss, its terms and feature energies to every logger of the trainer, and pictures to TensorBoard.
 
-    Takes `sr` and `gt` from what `training_step` and `validation_step` return, a mapping with these keys; in validation
-    from the first batch of each data loader. A step that returns None is passed over. Writes on the first process
-    alone, to every `TensorBoardLogger`, with tags `mghf/train/...` and `mghf/val/...`; the step is the trainer's
-    `global_step`, which counts optimiser steps. Nothing is written with `fast_dev_run`, which has no logger.
+    Takes `sr` and `gt` from what `training_step` and `validation_step` return, a mapping with these keys. A step that
+    returns None is passed over.
+
+    - Training: `mghf/train/loss`, `mghf/train/term/<name>` and `mghf/train/energy/...` every so many optimiser steps,
+      by the first process, of its batch. The step is the trainer's `global_step`, which counts optimiser steps. The
+      values do not wait for `log_every_n_steps`.
+    - Validation: `mghf/val/loss` and `mghf/val/term/<name>` through the module's `self.log`, as means over all batches
+      and processes, so that `ModelCheckpoint(monitor="mghf/val/loss")` finds them; the energies of the first batch. A
+      second data loader logs `mghf/val1/...`.
+    - Pictures, of the first process: those of `mghf_loss.integrations.tensorboard.log_pair`, to each
+      `TensorBoardLogger`, at the steps of training, and of the first batch of each data loader in validation.
 
     Args:
         criterion: name of the module's attribute that is a loss of this package.
@@ -61,7 +65,7 @@ class MGHFLogger(Callback):
         images: pictures of each log at most; 0 for scalars alone, which spares the backward passes of the heat maps.
 
     Raises:
-        ValueError: an argument is not as above, or the trainer has no `TensorBoardLogger`.
+        ValueError: an argument is not as above, or the trainer has no logger.
         TypeError: the attribute is no loss of this package, or a step returns something else without `sr` and `gt`;
             at the first batch, that of Lightning's sanity check included, and on every process.
     """
@@ -81,13 +85,18 @@ class MGHFLogger(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check what would otherwise fail after hours."""
+        self._check(trainer, pl_module)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check again, for `Trainer.validate`."""
+        self._check(trainer, pl_module)
+
+    def _check(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not isinstance(uncompiled(getattr(pl_module, self.criterion, None)), Criterion):
             raise TypeError(f"{type(pl_module).__name__}.{self.criterion} must be a loss of mghf-loss for MGHFLogger")
         dry = getattr(trainer, "fast_dev_run", False)
-        if trainer.is_global_zero and not dry and not self._writers(trainer):
-            raise ValueError(f"MGHFLogger needs a TensorBoardLogger, got the loggers {trainer.loggers}")
-
-    on_validation_start = on_fit_start  # for `Trainer.validate`
+        if not dry and not trainer.loggers:
+            raise ValueError("MGHFLogger needs a logger, got a trainer without: lightning.Trainer(logger=...)")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count from here: the steps before a resumption were logged."""
@@ -101,9 +110,16 @@ class MGHFLogger(Callback):
             return
         pair = self._pair(outputs, "training_step")
         step, last = trainer.global_step, self._last
-        if pair and step // self.every > last // self.every:
-            self._last = step
-            self._log(trainer, pl_module, *pair, "mghf/train")
+        if not pair or step // self.every <= last // self.every:
+            return
+        self._last = step
+        if trainer.is_global_zero:
+            criterion = uncompiled(getattr(pl_module, self.criterion))
+            values = {**loss_and_terms(criterion, *pair, step), **energies(criterion, *pair)}
+            # Not through `pl_module.log`, of which Lightning drops what falls between two `log_every_n_steps`.
+            for logger in trainer.loggers:
+                logger.log_metrics({f"mghf/train/{name}": value for name, value in values.items()}, step=step)
+            self._draw(trainer, criterion, *pair, "mghf/train")
 
     def on_validation_batch_end(
         self,
@@ -114,12 +130,27 @@ class MGHFLogger(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Log the first batch of a data loader."""
-        if batch_idx or not self.validation:
+        """Log a batch, which Lightning averages with the others; draw the first of a data loader."""
+        if not self.validation:
             return
         pair = self._pair(outputs, "validation_step")
-        if pair and not trainer.sanity_checking:
-            self._log(trainer, pl_module, *pair, f"mghf/val{dataloader_idx}" if dataloader_idx else "mghf/val")
+        if not pair or trainer.sanity_checking:
+            return
+        tag = f"mghf/val{dataloader_idx}" if dataloader_idx else "mghf/val"
+        criterion = uncompiled(getattr(pl_module, self.criterion))
+        values = loss_and_terms(criterion, *pair, trainer.global_step)
+        if batch_idx == 0:
+            values |= energies(criterion, *pair)
+        pl_module.log_dict(
+            {f"{tag}/{name}": value for name, value in values.items()},
+            on_step=False,
+            on_epoch=True,
+            batch_size=len(pair[0]),
+            sync_dist=True,
+            add_dataloader_idx=False,
+        )
+        if batch_idx == 0 and trainer.is_global_zero:
+            self._draw(trainer, criterion, *pair, tag)
 
     @staticmethod
     def _pair(outputs: Any, method: str) -> tuple[Tensor, Tensor] | None:
@@ -133,12 +164,9 @@ class MGHFLogger(Callback):
             )
         return sr, gt
 
-    def _log(self, trainer: Trainer, pl_module: LightningModule, sr: Tensor, gt: Tensor, tag: str) -> None:
-        if trainer.is_global_zero:
-            criterion = getattr(pl_module, self.criterion)
-            for writer in self._writers(trainer):
-                log_pair(writer, criterion, sr, gt, trainer.global_step, tag=tag, images=self.images)
-
-    @staticmethod
-    def _writers(trainer: Trainer) -> list[SummaryWriter]:
-        return [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+    def _draw(self, trainer: Trainer, criterion: Criterion, sr: Tensor, gt: Tensor, tag: str) -> None:
+        for logger in trainer.loggers:
+            if self.images and isinstance(logger, TensorBoardLogger):
+                log_pictures(
+                    logger.experiment, criterion, sr[: self.images], gt[: self.images], trainer.global_step, tag
+                )

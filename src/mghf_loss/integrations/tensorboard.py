@@ -56,21 +56,35 @@ def log_pair(
         raise TypeError(f"criterion must be a loss of this package, got {type(criterion).__name__}")
     if images < 0:
         raise ValueError(f"images must be at least 0, got {images!r}")
+    for name, value in {**loss_and_terms(criterion, sr, gt, step), **energies(criterion, sr, gt)}.items():
+        writer.add_scalar(f"{tag}/{name}", value, step)
+    if images:
+        log_pictures(writer, criterion, sr[:images], gt[:images], step, tag)
+
+
+@torch.no_grad()
+def loss_and_terms(criterion: Criterion, sr: Tensor, gt: Tensor, seed: int) -> dict[str, float]:
+    """Return `loss` and `term/<name>`, the unweighted terms, over a batch; `seed` decides PatchNCE's locations."""
+    loss, terms = criterion(sr, gt, return_terms=True, generator=torch.Generator().manual_seed(seed))
+    return {"loss": loss.mean().item(), **{f"term/{name}": value.mean().item() for name, value in terms.items()}}
+
+
+@torch.no_grad()
+def energies(criterion: Criterion, sr: Tensor, gt: Tensor) -> dict[str, float]:
+    """Return `energy/level<l>_sr` and `..._gt`, mean F^2 of the invertible network's features; nothing without one."""
+    inn = getattr(criterion, "inn", None)
+    found: dict[str, float] = {}
+    if inn is not None:
+        for name, image in (("sr", sr), ("gt", gt)):
+            image = rescale(image.to(next(inn.network.parameters()).dtype), criterion.input_range, (-1.0, 1.0))
+            for level, features in enumerate(inn.network.features(image), 1):
+                found[f"energy/level{level}_{name}"] = features.square().mean().item()
+    return found
+
+
+def log_pictures(writer: SummaryWriter, criterion: Criterion, sr: Tensor, gt: Tensor, step: int, tag: str) -> None:
+    """Write the images of a batch and their heat maps; see `log_pair`."""
     generator = torch.Generator().manual_seed(step)
-    with torch.no_grad():
-        loss, terms = criterion(sr, gt, return_terms=True, generator=generator)
-        writer.add_scalar(f"{tag}/loss", loss.mean().item(), step)
-        for name, value in terms.items():
-            writer.add_scalar(f"{tag}/term/{name}", value.mean().item(), step)
-        inn = getattr(criterion, "inn", None)
-        if inn is not None:
-            for name, image in (("sr", sr), ("gt", gt)):
-                image = rescale(image.to(next(inn.network.parameters()).dtype), criterion.input_range, (-1.0, 1.0))
-                for level, features in enumerate(inn.network.features(image), 1):
-                    writer.add_scalar(f"{tag}/energy/level{level}_{name}", features.square().mean().item(), step)
-    if not images:
-        return
-    sr, gt = sr[:images], gt[:images]
     for name, image in (("sr", sr), ("gt", gt)):
         shown = rescale(image.detach().float(), criterion.input_range, (0.0, 1.0)).clamp(0, 1)
         writer.add_images(f"{tag}/{name}", shown, step)

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,14 +43,10 @@ def slot_seed(purpose: str, seed: int, slot: int) -> int:
 
 @dataclass(frozen=True)
 class Cropping:
-    """How a crop is cut: `size` pixels a side, at a random scale, flipped at random.
+    """How a crop is cut: `size` pixels a side, at a random scale, flipped at random, with the random numbers of `seed`.
 
-    Args:
-        size: side of a crop in pixels.
-        least_scale: images are first reduced by a factor from [least_scale, 1], log-uniform, so that the 8 x 8
-            blocks and the ringing of compressed photographs do not become the statistics.
-        dead_leaves: fraction of crops that are synthetic dead-leaves images.
-        seed: of everything random.
+    Images are first reduced by a factor from [least_scale, 1], log-uniform, so that the 8 x 8 blocks and the ringing of
+    compressed photographs do not become the statistics. The fraction `dead_leaves` of the crops is synthetic.
     """
 
     size: int
@@ -166,11 +162,8 @@ class StreamedCrops:
     The n-th image of a process is the n-th of its share of the stream: resuming reads those consumed again, without
     decoding them. Where an image is damaged or smaller than a crop, dead leaves take its slot.
 
-    Args:
-        stream: `datasets.IterableDataset` whose image column is not decoded.
-        column: name of that column.
-        cropping: how crops are cut.
-        held_out: keys of examples (see `example_key`) that are not to be trained on.
+    `stream` is a `datasets.IterableDataset` whose images, in its column `column`, are not decoded. Images with a key of
+    `held_out` (see `example_key`) are not trained on.
     """
 
     def __init__(self, stream: Any, column: str, cropping: Cropping, held_out: frozenset[str] = frozenset()) -> None:
@@ -182,13 +175,10 @@ class StreamedCrops:
     def jobs(self, slots: Iterable[int], rank: int, processes: int, skip: int) -> Iterator[Callable[[], Tensor]]:
         """See `FolderCrops.jobs`."""
         examples = islice(self._examples(rank, processes), skip, None)
-        return (partial(self.crop, slot, example) for slot, example in zip(slots, examples, strict=False))
+        draws = (partial(self._read, example) for example in examples)
+        return (partial(self.cropping.crop, slot, draw) for slot, draw in zip(slots, draws, strict=False))
 
-    def crop(self, slot: int, example: dict[str, Any] | None) -> Tensor:
-        """Make the crop of a slot from an undecoded example."""
-        return self.cropping.crop(slot, lambda _: self._read(example))
-
-    def _read(self, example: dict[str, Any] | None) -> Tensor | None:
+    def _read(self, example: dict[str, Any] | None, _: torch.Generator) -> Tensor | None:
         try:
             pixels = read_example(example)
             _check_sides(sorted(pixels.shape[-2:]), self.cropping.size)
@@ -196,9 +186,8 @@ class StreamedCrops:
             _skip(self.damaged, example_name(example), error)
             self.failures += 1
             if self.failures >= TRIES:
-                raise ValueError(
-                    f"{TRIES} images of the stream in a row could not be used, the last: {error}"
-                ) from None
+                message = f"{TRIES} images of the stream in a row could not be used, the last: {error}"
+                raise ValueError(message) from None
             return None
         self.failures = 0
         return pixels
@@ -208,17 +197,15 @@ class StreamedCrops:
 
         stream = self.stream.shuffle(seed=self.cropping.seed, buffer_size=SHUFFLE_BUFFER)
         stream = split_dataset_by_node(stream, rank=rank, world_size=processes)
-        epoch = found = 0
-        while True:
+        for epoch in count():
             stream.set_epoch(epoch)
-            before = found
+            is_empty = True
             for example in stream:
                 if not self.held_out or example_key(example[self.column]) not in self.held_out:
-                    found += 1
+                    is_empty = False
                     yield example[self.column]
-            if found == before:
+            if is_empty:
                 raise ValueError("the stream holds no image to train on (those held out for validation do not count)")
-            epoch += 1
 
 
 Source = FolderCrops | StreamedCrops
@@ -350,14 +337,14 @@ def batches(
         yield torch.stack(list(islice(crops, local)))
 
 
-def _ahead(jobs: Iterator[Callable[[], Tensor]], threads: int, count: int) -> Iterator[Tensor]:
-    """Yield the jobs' results in order while the next `count` are under way."""
+def _ahead(jobs: Iterator[Callable[[], Tensor]], threads: int, ahead: int) -> Iterator[Tensor]:
+    """Yield the jobs' results in order while the next `ahead` are under way."""
     if threads < 1:
         yield from (job() for job in jobs)
         return
     pool = ThreadPoolExecutor(threads)
     try:
-        pending = deque(pool.submit(job) for job in islice(jobs, count))
+        pending = deque(pool.submit(job) for job in islice(jobs, ahead))
         while pending:
             result = pending.popleft().result()
             pending.extend(pool.submit(job) for job in islice(jobs, 1))

@@ -1,4 +1,4 @@
-"""What a network is worth on photographs: code length, inverse error, features, response to distortions."""
+"""Measure a network on photographs: code length, inverse error, features, response to distortions."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
@@ -26,8 +27,7 @@ Row = dict[str, Any]
 SHIFT = "shift by one pixel"
 LEVEL_NAMES = ("fine", "medium", "coarse")
 FEATURE_STATISTICS = ("std", "std_without_noise", "excess_kurtosis", "neighbour_correlation")
-# How near to the asked mean squared error a distortion must come to be compared with the others.
-TOLERANCE = 0.1
+TOLERANCE = 0.1  # how near to the asked mean squared error a distortion must come to be compared with the others
 RESPONSE_SIDE = 256  # responses are measured on the middle of a photograph
 
 
@@ -63,14 +63,14 @@ def evaluate(
       on the very same pixels, headers included. The network codes the details; its low-pass values are charged at
       8 + levels bits, their raw cost. One draw of dequantisation noise makes its figure an upper bound in the mean.
     - Inverse error: largest |inverse(forward(image)) - image| of the photographs in [-1, 1].
-    Photographs that cannot be read or have a side below 4 * 2^levels are skipped with a warning that names them.
-
     - Levels, with noise of the network's floor: standard deviation, excess kurtosis (0 if normal), correlation of
       neighbours (mean |r| over channels and both directions, 0 if white), code length, and share of all bits. The
       levels of a packet transform the finer ones again: only its last level, which codes all details, has a share.
     - Response: mean squared feature error (MGHF-n, the mean of the levels) of each distortion over that of white
       noise with equal pixel MSE, that of a shift by one pixel, on the middle 256 x 256. Photographs on which a
       distortion cannot reach that MSE within 10 % are left out and counted. A mean of ratios.
+
+    Photographs that cannot be read or have a side below 4 * 2^levels are skipped with a warning that names them.
     """
     levels, stride = network.config.levels, stride or network.stride
     coded: dict[tuple[str, float], list[float]] = {}
@@ -108,7 +108,7 @@ def evaluate(
     stacked = torch.stack(statistics)
     mean, count = stacked.nanmean(0), stacked[..., 1].sum(0)
     bits_of_level = (stacked[..., 0] * stacked[..., 1]).sum(0).tolist()
-    low_count = count[-1].item() * 3 / (3 * 4**levels - 3 if network.config.variant == "packet" else 9)
+    low_count = count[-1].item() / (4**levels - 1 if network.config.variant == "packet" else 3)
     low_bits = low_count * (8 + levels)
     if network.config.variant == "packet":
         bits_of_level = [math.nan] * (levels - 1) + bits_of_level[-1:]
@@ -179,13 +179,11 @@ def _level_statistics(network: HighFrequencyINN, image: Tensor, generator: torch
         centred = noisy - noisy.mean((2, 3), keepdim=True)
         variance = centred.square().mean((2, 3))
         kurtosis = (centred.pow(4).mean((2, 3)) / variance.square() - 3).mean()
-        neighbours = [
-            ((centred[..., 1:, :] * centred[..., :-1, :]).mean((2, 3)) / variance).abs().mean(),
-            ((centred[..., 1:] * centred[..., :-1]).mean((2, 3)) / variance).abs().mean(),
-        ]
-        values = torch.tensor(float(noisy.numel()))
-        rows.append((bits[i], values, noisy.std(), clean.std(), kurtosis, sum(neighbours) / 2))
-    return torch.tensor([[float(value) for value in row] for row in rows])
+        products = [x[..., 1:] * x[..., :-1] for x in (centred.mT, centred)]
+        neighbours = torch.stack([(product.mean((2, 3)) / variance).abs().mean() for product in products]).mean()
+        row = (bits[i], noisy.numel(), noisy.std(), clean.std(), kurtosis, neighbours)
+        rows.append([float(value) for value in row])
+    return torch.tensor(rows)
 
 
 def _responses(network: HighFrequencyINN, image: Tensor, generator: torch.Generator, device: str) -> dict[str, Tensor]:
@@ -312,6 +310,17 @@ def plot_evaluation(path: Path, evaluation: Evaluation) -> None:
     right.set_title("feature MSE over that of white noise,\nat the pixel MSE of a one-pixel shift")
     write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=110))
     plt.close(figure)
+
+
+def _grouped_bars(axis: Axes, groups: list[str], series: dict[str, list[float]], legend_columns: int) -> None:
+    width = 0.8 / len(series)
+    for i, (label, heights) in enumerate(series.items()):
+        left = np.arange(len(groups)) - 0.4 + i * width
+        bars = axis.bar(left, heights, 0.95 * width, align="edge", label=label)
+        axis.bar_label(bars, fmt="%.2f", fontsize=7)
+    axis.set_xticks(range(len(groups)), groups)
+    axis.margins(y=0.25)
+    axis.legend(ncols=legend_columns, loc="upper center")
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
+from PIL import Image
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
@@ -38,28 +39,16 @@ FREE = {"out", "save_every", "validation", "threads", "tensorboard"}
 class TrainConfig:
     """One training run: everything that, with the images, determines its result.
 
+    The fields are the options of `mghf-loss train-inn`, and its help says what they are. Beyond that:
+
     Args:
-        images: folder of training images, searched recursively; or None, and `dataset`.
-        out: folder for the network (EMA parameters), the state to resume from, sample pictures and logs.
-        dataset: name or path for `datasets.load_dataset`, for instance `"imagenet-1k"`.
-        dataset_config: name of its configuration, where it has several.
-        split: of the data set.
-        streaming: read the data set as it comes from the Hub instead of downloading it first.
-        validation: folder of images for the held-out code length.
-        held_out: images taken out of the training data for that, instead.
-        steps: optimiser steps.
-        batch: crops per step, over all processes.
-        crop: side of a crop in pixels, a multiple of 2^levels.
-        least_scale: images are reduced by a random factor from [least_scale, 1] before they are cropped.
-        dead_leaves: fraction of crops that are synthetic dead-leaves images.
+        images: or None, and `dataset`.
+        out: gets the network (EMA parameters), the state to resume from, sample pictures and logs.
+        crop: a multiple of 2^levels.
         learning_rate: peak of the cosine schedule, after a linear warm-up of 200 steps at most.
         ema: decay of the exponential moving average of the parameters, reached by (1 + n) / (10 + n) after n steps.
         precision: `"bf16"` runs the convolutions that condition the map in bfloat16; the map itself and the
             likelihood stay in float32. None takes what `accelerate launch` was told.
-        seed: of initialisation, crops and noise.
-        save_every: steps between checkpoints, each with an evaluation on the held-out images.
-        threads: decoding images ahead of the step, per process.
-        tensorboard: write TensorBoard logs to `out/logs`.
     """
 
     images: Path | None
@@ -234,12 +223,11 @@ def _learning_rate_factor(step: int, steps: int) -> float:
 def _add_noise(batch: Tensor, noise_floor: float, seed: int, first_slot: int) -> Tensor:
     """Add noise that is a function of (seed, slot), like the crops."""
     generator = torch.Generator(batch.device)
-    return torch.stack(
-        [
-            add_noise(image, noise_floor, generator.manual_seed(slot_seed("noise", seed, slot)))
-            for slot, image in enumerate(batch, first_slot)
-        ]
-    )
+    noisy = []
+    for slot, image in enumerate(batch, first_slot):
+        generator.manual_seed(slot_seed("noise", seed, slot))
+        noisy.append(add_noise(image, noise_floor, generator))
+    return torch.stack(noisy)
 
 
 @torch.no_grad()
@@ -266,8 +254,6 @@ def _evaluate(network: HighFrequencyINN, images: list[Tensor], step: int, out: P
         {"held-out/bits": total} | {f"held-out/bits_level_{i}": bits for i, bits in enumerate(levels)}, step=step
     )
     sheet = (torch.cat(pictures, dim=2) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
-    from PIL import Image
-
     _files.write_atomically(out / SAMPLES_FILE, Image.fromarray(sheet).save)
     for tracker in accelerator.trackers:
         tracker.log_images({"held-out and sampled details": sheet[None]}, step=step, dataformats="NHWC")  # type: ignore[attr-defined]
