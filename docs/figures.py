@@ -138,8 +138,8 @@ def conditioning(gt: Tensor) -> Figure:
     levels = [2, 4, 8, 12, 16, 25, 35, 50]
     figure, axis = plt.subplots(figsize=(6, 3), layout="constrained", dpi=110)
     noise = torch.randn(gt.shape)
-    for name, label, colour in (("own", "from SR itself", OTHER), ("gt", "from GT", OURS)):
-        criterion = MGHFnLoss(conditioning=name, shift="none")
+    own, of_gt = MGHFnLoss(conditioning="own", shift="none"), MGHFnLoss(conditioning="gt", shift="none")
+    for criterion, label, colour in ((own, "from SR itself", OTHER), (of_gt, "from GT", OURS)):
         values = [criterion(gt + level / 255 * noise, gt).item() / level**2 for level in levels]
         ratios = [value / values[0] for value in values]
         axis.plot(levels, ratios, "o-", color=colour)
