@@ -248,8 +248,7 @@ class MGHFLoss(FeatureCriterion):
         modulation: of PatchNCE's negatives: `"hard"`, `"easy"` or `"plain"`.
         temperature: of PatchNCE's similarities.
         precision: of the terms' matrix products in the CUDA kernels: `"fast"` (tf32 and fp16 operands, float32 sums) or
-            `"high"` (as accurate as float32). It does not concern the networks: they hold float32, and on CUDA their
-            convolutions multiply in tf32 unless `torch.backends.cudnn.allow_tf32` is False.
+            `"high"` (as accurate as float32). The invertible network is always as accurate as float32.
         input_range: see `MGHFnLoss`, as for the next three.
         reduction: `"mean"`, `"sum"` or `"none"` (per image).
         memory: `"normal"` or `"low"`. The DINO term recomputes its blocks with `"low"`.
