@@ -42,6 +42,7 @@ NOT_RUN = {
     'pip install -e ".[test]" && pytest': "installs, and is this suite; .ci/run takes it from the README too",
     "pip install basicsr==1.4.2": "installs; the extra `test` has it",
     "pip install lightning tensorboard": "installs; the extra `test` has them",
+    "step = torch.cuda.make_graphed_callables(": "a CUDA graph; tests/test_cuda.py makes one where there is a GPU",
     "python -m benchmarks.gpu ": "measures on an NVIDIA GPU; it refuses to start without one",
     "accelerate launch --multi_gpu --num_processes 8 ": "eight GPUs; tests/test_training.py launches two CPU processes",
     "# neosr/losses/mghf_loss.py": "a file of neosr, which is not on PyPI",
