@@ -62,7 +62,7 @@ from mghf_loss._files import format_table, write_table
 from mghf_loss.criterion import Memory
 from mghf_loss.dino import DEFAULT_MODEL
 from mghf_loss.frozen import Frozen
-from mghf_loss.mghf import COEFFICIENTS
+from mghf_loss.mghf import PRESETS
 from mghf_loss.toy import SmallSR, downscale
 
 OURS = "mghf-loss"
@@ -73,8 +73,8 @@ SETTING = ("device", "threads", "batch", "size")
 
 def content_and(inn: str, *terms: str) -> nn.Module:
     """MGHFLoss with the content term and `terms` alone, at their default coefficients."""
-    off = [name for name in COEFFICIENTS["paper"] if name not in {"content", *terms}]
-    return MGHFLoss(coefficients=dict.fromkeys(off, 0.0), inn=inn)
+    off = [name for name in PRESETS["paper"].coefficients if name not in {"content", *terms}]
+    return MGHFLoss("paper", coefficients=dict.fromkeys(off, 0.0), inn=inn)
 
 
 def dino(memory: Memory = "normal") -> nn.Module:

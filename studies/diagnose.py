@@ -29,7 +29,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.machine import provenance
-from mghf_loss.mghf import COEFFICIENTS
+from mghf_loss.mghf import PRESETS
 from mghf_loss.toy import downscale, photograph, upscale
 
 from . import command, config, losses, photographs, tables, tasks
@@ -148,12 +148,12 @@ def term_specs(specs: Mapping[str, LossSpec]) -> dict[str, LossSpec]:
     found = {}
     for name, spec in specs.items():
         if spec.type == "MGHFLoss":
-            preset = COEFFICIENTS[spec.options.get("preset", "paper")]
-            times = {term: 1.0 for term, factor in preset.items() if factor} | dict(spec.options.get("times", {}))
-            for term, factor in times.items():
-                alone = {other: factor if other == term else 0.0 for other in times}
+            preset = PRESETS[spec.options.get("preset", "balanced")].coefficients
+            coefficients = {**preset, **spec.options.get("coefficients", {})}
+            for term, factor in coefficients.items():
                 if factor:
-                    found[f"{name}: {term}"] = replace(spec, options={**spec.options, "times": alone})
+                    alone = {other: factor if other == term else 0.0 for other in coefficients}
+                    found[f"{name}: {term}"] = replace(spec, options={**spec.options, "coefficients": alone})
     return found
 
 

@@ -17,9 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.peers import PEERS
-from mghf_loss import HighFrequencyINN, INNConfig, MGHFLoss, MGHFnLoss
+from mghf_loss import HighFrequencyINN, INNConfig, MGHFLoss, MGHFnLoss, calibrate
 from mghf_loss.coupling import Bottleneck, ChannelMixing
-from mghf_loss.mghf import COEFFICIENTS
 
 from . import efficientnet
 
@@ -62,18 +61,9 @@ def build(kind: str, options: Mapping[str, Any] | None = None, device: str = "cp
     raise ValueError(f"unknown loss type {kind!r}, known are {', '.join(TYPES)} and module:function")
 
 
-def gradient_norms(loss: Loss, sr: Tensor, gt: Tensor) -> Tensor:
-    """Norm of d loss / d sr of every image alone, (B,)."""
-    norms = []
-    for s, g in zip(sr.split(1), gt.split(1), strict=True):
-        leaf = s.detach().clone().requires_grad_()
-        norms.append(torch.autograd.grad(loss(leaf, g, torch.Generator().manual_seed(0)), leaf)[0].norm())
-    return torch.stack(norms)
-
-
 def gradient_ratio(loss: Loss, sr: Tensor, gt: Tensor) -> float:
-    """Median over images of `gradient_norms` over that of L1: 1 / this is the factor of equal gradients."""
-    return (gradient_norms(loss, sr, gt).median() / gradient_norms(l1, sr, gt).median()).item()
+    """Median over images of the norm of d loss / d sr, over that of L1: 1 / this is the factor of equal gradients."""
+    return calibrate.gradient_ratio(lambda s, g: loss(s, g, torch.Generator().manual_seed(0)), [(sr, gt)])
 
 
 def l1(sr: Tensor, gt: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -88,36 +78,22 @@ def ours(
     device: str,
     *,
     network: str = "bundled",
-    shift: int = 0,
-    times: Mapping[str, float] | None = None,
     dense: bool = False,
     **options: Any,
 ) -> Loss:
-    """One of our losses with its constructor's options, and some that a configuration cannot say.
+    """One of our losses with its constructor's options, and what a configuration cannot say.
 
     Args:
         loss: the class.
         device: where.
         network: "haar" (plain details, scaled), "untrained", or what `inn` takes.
-        shift: largest random shift in pixels, common to SR and GT.
-        times: factors of the preset's coefficients.
         dense: `patches=None`.
         options: the constructor's.
     """
-    if times:
-        preset = COEFFICIENTS[options.get("preset", "paper")]
-        options["coefficients"] = {name: preset[name] * factor for name, factor in times.items()}
     if dense:
         options["patches"] = None
     criterion = loss(inn=inn(network), **options).to(device)
-
-    def shifted(sr: Tensor, gt: Tensor, generator: torch.Generator) -> Tensor:
-        if shift:
-            top, left = torch.randint(shift + 1, (2,), generator=generator).tolist()
-            sr, gt = (image[..., top:, left:] for image in (sr, gt))
-        return criterion(sr, gt, generator=generator)
-
-    return shifted
+    return lambda sr, gt, generator: criterion(sr, gt, generator=generator)
 
 
 def inn(network: str) -> str | HighFrequencyINN:

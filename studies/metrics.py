@@ -232,7 +232,7 @@ def detail_energy(sr: Tensor, gt: Tensor) -> tuple[float, float]:
 
 @functools.cache
 def _content(device: str) -> MGHFnLoss:
-    return MGHFnLoss().to(device)
+    return MGHFnLoss(conditioning="own", shift="none").to(device)
 
 
 def grid_lock(sr: Tensor, gt: Tensor) -> tuple[float, float]:

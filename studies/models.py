@@ -22,6 +22,7 @@ from .tasks import is_sr
 
 MODELS = ("small-sr", "small-swinir", "safmn", "one-step")
 SR_ONLY = ("safmn", "one-step")
+BLOCK = 2  # of pixels, as channels, where input and photograph have one size
 
 
 def build(name: str, task: str) -> nn.Module:
@@ -43,14 +44,17 @@ def build(name: str, task: str) -> nn.Module:
 
 
 class Restorer(SmallSR):
-    """The small EDSR for inputs of the photograph's size: it sees 4 x 4 blocks of pixels as channels."""
+    """The small EDSR for inputs of the photograph's size: it sees 2 x 2 blocks of pixels as channels.
+
+    Blocks of 4 x 4 would have more channels than the network is wide, and their noise could not pass.
+    """
 
     def __init__(self) -> None:
-        super().__init__(in_channels=3 * SCALE**2)
+        super().__init__(blocks=3, in_channels=3 * BLOCK**2, scale=BLOCK)
 
     def forward(self, lr: Tensor) -> Tensor:
-        """Restore (B, 3, H, W), H, W multiples of 4."""
-        return lr + self.residual(F.pixel_unshuffle(lr, SCALE))
+        """Restore (B, 3, H, W), H, W multiples of 2."""
+        return lr + self.residual(F.pixel_unshuffle(lr, BLOCK))
 
 
 class OneStep(SmallSR):
@@ -77,7 +81,7 @@ class OneStep(SmallSR):
 class SwinIRResidual(nn.Module):
     """SwinIR of spandrel, 2 x 2 blocks of 32 channels, added to the starting point.
 
-    As `Restorer`, it sees 4 x 4 blocks of pixels as channels where input and photograph have one size.
+    As `Restorer`, it sees 2 x 2 blocks of pixels as channels where input and photograph have one size.
     """
 
     def __init__(self, task: str) -> None:
@@ -91,7 +95,7 @@ class SwinIRResidual(nn.Module):
             self.network = SwinIR(
                 img_size=24,
                 window_size=8,
-                in_chans=3 if self.enlarges else 3 * SCALE**2,
+                in_chans=3 if self.enlarges else 3 * BLOCK**2,
                 embed_dim=32,
                 depths=[2, 2],
                 num_heads=[2, 2],
@@ -104,11 +108,11 @@ class SwinIRResidual(nn.Module):
             nn.init.zeros_(parameter)
 
     def forward(self, degraded: Tensor) -> Tensor:
-        """Restore (B, 3, h, w), h, w multiples of 4 where the size stays."""
+        """Restore (B, 3, h, w), h, w multiples of 2 where the size stays."""
         if self.enlarges:
             return upscale(degraded) + self.network(degraded) - self.network.mean  # SwinIR adds its data set's mean
         # Of equal sizes, SwinIR adds its input itself.
-        return F.pixel_shuffle(self.network(F.pixel_unshuffle(degraded, SCALE)), SCALE)
+        return F.pixel_shuffle(self.network(F.pixel_unshuffle(degraded, BLOCK)), BLOCK)
 
 
 def critic() -> nn.Module:

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from mghf_loss import HighFrequencyINN, INNConfig
 from mghf_loss._files import format_table, write_atomically
-from mghf_loss.mghf import COEFFICIENTS
+from mghf_loss.mghf import PRESETS
 from mghf_loss.toy import downscale, upscale
 from mghf_loss.training.evaluation import network_bits
 from mghf_loss.training.loop import TrainConfig, train_inn
@@ -60,7 +60,7 @@ def train(name: str, images: Path, out: Path, steps: int, device: str) -> Path:
 
 def gradients(network: str, sr: Tensor, gt: Tensor) -> dict[str, float]:
     """Gradient ratio of each term of MGHFLoss on a network."""
-    active = [term for term, factor in COEFFICIENTS[PRESET].items() if factor]
+    active = [term for term, factor in PRESETS[PRESET].coefficients.items() if factor]
     alone = {term: {other: float(other == term) for other in active} for term in active}
     built = {term: losses.build("MGHFLoss", {"network": network, "coefficients": alone[term]}) for term in active}
     return {term: losses.gradient_ratio(loss, sr, gt) for term, loss in built.items()}
@@ -91,12 +91,15 @@ def work(arguments: argparse.Namespace) -> None:
     gt = photographs.unit_range(photographs.random_crops(images, CROPS, CROP, torch.Generator().manual_seed(0)))
     sr = upscale(downscale(gt))
     wanted = gradients("bundled", sr, gt)
-    rows, found = [], {"bundled": ("bundled", {term: COEFFICIENTS[PRESET][term] for term in wanted})}
+    rows, found = [], {"bundled": ("bundled", {term: PRESETS[PRESET].coefficients[term] for term in wanted})}
     for name in tqdm(["bundled", *arguments.only], desc="networks", unit="network"):
         if name != "bundled":
             path = str(train(name, arguments.train, arguments.out, arguments.steps, arguments.device).resolve())
             ratios = gradients(path, sr, gt)
-            found[name] = path, {term: COEFFICIENTS[PRESET][term] * wanted[term] / ratios[term] for term in ratios}
+            found[name] = (
+                path,
+                {term: PRESETS[PRESET].coefficients[term] * wanted[term] / ratios[term] for term in ratios},
+            )
         network = HighFrequencyINN.from_pretrained(found[name][0])
         generator = torch.Generator().manual_seed(0)
         images = [photographs.middle(image, TUNING_SIDE)[None] for image in photographs.load(arguments.tune)]

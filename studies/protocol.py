@@ -37,10 +37,22 @@ from .training import DivergenceError, Objective, restore, train
 
 TUNING_SIDE = 320
 CALIBRATION_CROPS = 32
-LEAST_RATIO, MOST_RATIO = 1 / 4, 256  # beyond, the loss or L1 is as good as alone
+LEAST_RATIO, MOST_RATIO = 1 / 4, 64  # beyond, L1 adds little
 DROPS = (0.05, 0.1, 0.2)  # of PSNR against L1, in dB, at which losses are compared
 # What the tuning photographs tell, and what of it makes the score.
-TUNING_METRICS = ("psnr", "ssim", "haarpsi", "jod", "niqe", "kid_lite2", "spectrum_error", "detail_energy", "grid_lock")
+TUNING_METRICS = (
+    "psnr",
+    "ssim",
+    "haarpsi",
+    "jod",
+    "niqe",
+    "kid",
+    "kid_lite2",
+    "spectrum_error",
+    "detail_energy",
+    "feature_distance",
+    "grid_lock",
+)
 SCORE = ("jod", "niqe", "kid_lite2", "spectrum_error")
 
 

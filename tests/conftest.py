@@ -43,6 +43,24 @@ def inn() -> HighFrequencyINN:
     return perturbed_inn()
 
 
+def saved_bytes(criterion: torch.nn.Module, sr: torch.Tensor, gt: torch.Tensor) -> int:
+    """Bytes of the distinct storages that autograd keeps, parameters and images aside."""
+    networks = [module.network for module in criterion.modules() if hasattr(module, "network")]
+    networks = [network for network in networks if not hasattr(network, "network")]
+    known = {tensor.untyped_storage().data_ptr() for network in networks for tensor in network.parameters()}
+    known |= {sr.untyped_storage().data_ptr(), gt.untyped_storage().data_ptr()}
+    kept: list[torch.Tensor] = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor.detach())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        criterion(sr, gt)
+    sizes = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in kept}
+    return sum(size for address, size in sizes.items() if address not in known)
+
+
 @pytest.fixture
 def tiny_dino() -> torch.nn.Module:
     """DINOv2's architecture with random weights, small enough for a test."""

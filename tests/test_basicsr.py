@@ -55,8 +55,8 @@ train:
   scheduler: {type: MultiStepLR, milestones: [100], gamma: 0.5}
   total_iter: 4
   warmup_iter: -1
-  pixel_opt: {type: MGHFLoss, loss_weight: 0.1, coefficients: {patch_nce: 0}}
-  perceptual_opt: {type: MGHFPerceptualLoss, perceptual_weight: 0.05, style_weight: 0.02}
+  pixel_opt: {type: MGHFLoss, preset: paper, loss_weight: 0.1, coefficients: {patch_nce: 0}}
+  perceptual_opt: {type: MGHFPerceptualLoss, preset: paper, perceptual_weight: 0.05, style_weight: 0.02}
 val:
   val_freq: 4
   save_img: false
@@ -84,7 +84,7 @@ dataset = build_dataset(data_opt)
 sampler = EnlargedSampler(dataset, 1, 0, 1)
 loader = build_dataloader(dataset, data_opt, num_gpu=0, dist=False, sampler=sampler, seed=0)
 network = build_network(opt["network_g"])
-first, second = MGHFLoss(coefficients={"patch_nce": 0.0}), MGHFLoss()
+first, second = MGHFLoss("paper", coefficients={"patch_nce": 0.0}), MGHFLoss("paper")
 optimiser = torch.optim.Adam(network.parameters(), 1e-3, betas=(0.9, 0.99))
 rows = []
 for epoch in range(3):

@@ -19,7 +19,7 @@ from mghf_loss import MGHFLoss, cli, compare
 from mghf_loss._files import read_image
 from mghf_loss.metric import distance, heatmap
 
-COLUMNS = ["psnr", "ssim", "content", "style", "correlation", "patch_nce", "total"]
+COLUMNS = ["psnr", "ssim", "content", "style", "correlation", "texture", "total"]
 
 
 def save_pair(folder: Path, name: str, top: int = 100, size: int = 48) -> tuple[Path, Path]:

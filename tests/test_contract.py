@@ -11,14 +11,18 @@ from torch import Tensor, nn
 
 from conftest import perturbed_inn
 from mghf_loss import DinoJSDLoss, MGHFLoss, MGHFnLoss
-from mghf_loss.mghf import COEFFICIENTS
+from mghf_loss.mghf import OFF, PRESETS
 
-TERMS = list(COEFFICIENTS["paper"])
-LOSSES = ["MGHFnLoss", "MGHFLoss", "DinoJSDLoss", *(f"only {term}" for term in TERMS)]
-
-
-def only(term: str) -> dict[str, float]:
-    return {name: float(name == term) for name in TERMS}
+TERMS = list(OFF)
+COEFFICIENTS = {"content": 2.0, "style": 30.0, "correlation": 0.5, "texture": 0.25, "patch_nce": 0.125, "dino_jsd": 4.0}
+OPTIONS = {  # beside the defaults
+    "MGHFLoss": {"coefficients": COEFFICIENTS},
+    "GT-conditioned": {"coefficients": COEFFICIENTS | {"dino_jsd": 0.0}, "conditioning": "gt"},
+    "average": {"coefficients": COEFFICIENTS | {"dino_jsd": 0.0}, "shift": "average"},
+    **{f"only {term}": {"coefficients": {name: float(name == term) for name in TERMS}} for term in TERMS},
+    **{f"preset {name}": {"preset": name} for name in PRESETS},
+}
+LOSSES = ["MGHFnLoss", "DinoJSDLoss", *OPTIONS]
 
 
 @pytest.fixture
@@ -28,8 +32,7 @@ def build(inn, tiny_dino) -> Callable[..., nn.Module]:
             return MGHFnLoss(inn=inn, **options)
         if name == "DinoJSDLoss":
             return DinoJSDLoss(tiny_dino, **options)
-        coefficients = {"dino_jsd": 1.0} if name == "MGHFLoss" else only(name.removeprefix("only "))
-        return MGHFLoss(coefficients=coefficients, inn=inn, dino=tiny_dino, patches=64, **options)
+        return MGHFLoss(**{"inn": inn, "dino": tiny_dino, "patches": 64, **OPTIONS[name], **options})
 
     return build
 
@@ -67,10 +70,13 @@ INPUTS: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {
     "fp16 sr, fp32 gt": lambda: (random_pair()[0].half(), random_pair()[1]),
 }
 AT_MINIMUM = {  # where a term has its minimum, or, for patch_nce, cannot tell locations apart
-    "equal": {"MGHFnLoss", "DinoJSDLoss", "only content", "only style", "only correlation", "only dino_jsd"},
+    "equal": {"MGHFnLoss", "DinoJSDLoss", *(f"only {term}" for term in TERMS if term != "patch_nce")}
+    | {f"preset {name}" for name, settings in PRESETS.items() if not settings.coefficients["patch_nce"]},
     "both black": set(LOSSES),
     "gt black": {"only patch_nce"},
-    "constant": {"only correlation", "only patch_nce"},
+    # GT conditioning leaves nothing of a constant difference but the low-pass band.
+    "constant": {"MGHFnLoss", "GT-conditioned", *(f"only {term}" for term in TERMS if term != "dino_jsd")}
+    | {f"preset {name}" for name, settings in PRESETS.items() if settings.conditioning == "gt"},
 }
 
 
@@ -220,11 +226,10 @@ def test_input_range_is_only_a_unit(name, build):
 
 
 def test_the_total_is_the_sum_of_coefficient_times_term(inn, tiny_dino):
-    coefficients = {"content": 2.0, "style": 30.0, "correlation": 0.5, "patch_nce": 0.25, "dino_jsd": 4.0}
-    criterion = MGHFLoss(coefficients=coefficients, inn=inn, dino=tiny_dino)
+    criterion = MGHFLoss(coefficients=COEFFICIENTS, inn=inn, dino=tiny_dino)
     loss, terms = criterion(*random_pair(), return_terms=True)
     assert list(terms) == TERMS
-    torch.testing.assert_close(loss, sum(coefficients[name] * value for name, value in terms.items()))
+    torch.testing.assert_close(loss, sum(COEFFICIENTS[name] * value for name, value in terms.items()))
     assert not any(value.requires_grad for value in terms.values())
 
 
@@ -238,7 +243,7 @@ def test_precision_is_checked_and_on_a_cpu_always_float32(inn):
     sr, gt = random_pair()
     values = []
     for precision in ("fast", "high"):
-        values.append(MGHFLoss(inn=inn, precision=precision)(sr, gt))
+        values.append(MGHFLoss("paper", inn=inn, precision=precision)(sr, gt))
     assert torch.equal(*values)
     with pytest.raises(ValueError, match="precision must be one of 'fast', 'high', got 'tf32'"):
         MGHFLoss(inn=inn, precision="tf32")
@@ -248,9 +253,9 @@ def test_a_term_with_coefficient_zero_is_not_computed(inn, monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("computed")
 
-    for name in ("content", "style", "patch_nce"):
+    for name in ("content", "style", "texture", "patch_nce"):
         monkeypatch.setattr(f"mghf_loss.terms.{name}", refuse)
-    criterion = MGHFLoss(coefficients=only("correlation"), inn=inn)
+    criterion = MGHFLoss(**OPTIONS["only correlation"], inn=inn)
     assert list(criterion(*random_pair(), return_terms=True)[1]) == ["correlation"]
 
 
@@ -259,14 +264,14 @@ def test_mghfn_is_the_unweighted_content_over_levels(inn):
     expected = torch.stack(
         [(s - g).square().mean() for s, g in zip(inn.features(2 * sr - 1), inn.features(2 * gt - 1), strict=True)]
     ).mean()
-    torch.testing.assert_close(MGHFnLoss(inn=inn)(sr, gt), expected)
+    torch.testing.assert_close(MGHFnLoss(inn=inn, conditioning="own", shift="none")(sr, gt), expected)
 
 
 def test_dense_is_what_sampling_every_location_gives(inn):
     sr, gt = random_pair()
     torch.testing.assert_close(
-        MGHFLoss(coefficients=only("patch_nce"), inn=inn, patches=None)(sr, gt),
-        MGHFLoss(coefficients=only("patch_nce"), inn=inn, patches=16 * 16)(sr, gt),
+        MGHFLoss(**OPTIONS["only patch_nce"], inn=inn, patches=None)(sr, gt),
+        MGHFLoss(**OPTIONS["only patch_nce"], inn=inn, patches=16 * 16)(sr, gt),
     )
 
 
@@ -440,6 +445,10 @@ def test_options_of_another_type_are_refused_by_name(options, message, inn):
         ({"modulation": "soft"}, "modulation must be one of .* got 'soft'"),
         ({"prune": 1.0}, "prune must be a number of at least 0 and below 1, got 1.0"),
         ({"prune": -0.1}, "prune must be .* got -0.1"),
+        ({"prune": 0.25}, "prune needs weighting='entropy', got prune=0.25 and weighting='uniform'"),
+        ({"weighting": "variance"}, "weighting must be one of 'uniform', 'entropy', got 'variance'"),
+        ({"conditioning": "sr"}, "conditioning must be one of 'gt', 'own', got 'sr'"),
+        ({"shift": 3}, "shift must be one of 'random', 'average', 'none', got 3"),
         ({"reduction": "max"}, "reduction must be one of .* got 'max'"),
         ({"input_range": (1, 0)}, r"black < white, got \(1, 0\)"),
         ({"input_range": 255}, "two numbers .* got 255"),

@@ -178,7 +178,8 @@ def test_compile_and_autocast():
 
 def mghfloss(precision: str, patches: int | None) -> tuple[Tensor, Tensor]:
     torch.manual_seed(0)
-    criterion = MGHFLoss(inn=HighFrequencyINN(INNConfig(hidden=8)), patches=patches, precision=precision).to(DEVICE)
+    inn = HighFrequencyINN(INNConfig(hidden=8))
+    criterion = MGHFLoss("paper", inn=inn, patches=patches, precision=precision).to(DEVICE)
     gt = torch.rand(2, 3, 64, 80, device=DEVICE)
     sr = (gt + 0.1 * torch.randn_like(gt)).requires_grad_()
     # The two paths differ in the operators alone: not in convolutions, which are tf32 by default.

@@ -24,7 +24,8 @@ class Step(nn.Module):
     def __init__(self, memory: Memory) -> None:
         super().__init__()
         self.model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 12, 3, padding=1))
-        self.criterion = MGHFLoss(inn=HighFrequencyINN(INNConfig(levels=2, hidden=4)), patches=32, memory=memory)
+        inn = HighFrequencyINN(INNConfig(levels=2, hidden=4))
+        self.criterion = MGHFLoss(coefficients={"patch_nce": 0.008}, inn=inn, patches=32, memory=memory)
 
     def forward(self, gt: Tensor) -> Tensor:
         lr = F.avg_pool2d(gt, 2)

@@ -208,7 +208,7 @@ def test_no_journey_of_the_parent_changes_the_loss(loss, journey: str):
     assert not any(parameter.requires_grad for parameter in moved.criterion.inn.network.parameters())
 
 
-@pytest.mark.parametrize("loss", [MGHFnLoss, partial(MGHFLoss, patches=None, prune=0)])
+@pytest.mark.parametrize("loss", [MGHFnLoss, partial(MGHFLoss, "paper", patches=None, weighting="uniform")])
 def test_double_is_followed(loss):
     criterion = loss()
     expected = criterion(*pair())

@@ -20,12 +20,14 @@ LOSSES = ["MGHFnLoss", "MGHFLoss", "DinoJSDLoss"]
 
 @pytest.fixture
 def build(inn, tiny_dino):
-    def build(name: str, cache_gt: bool = True) -> nn.Module:
+    def build(name: str, cache_gt: bool = True, **options) -> nn.Module:
         if name == "MGHFnLoss":
-            return MGHFnLoss(inn, cache_gt=cache_gt)
+            return MGHFnLoss(inn, cache_gt=cache_gt, **{"conditioning": "own", **options})
         if name == "DinoJSDLoss":
             return DinoJSDLoss(tiny_dino, cache_gt=cache_gt)
-        return MGHFLoss(coefficients={"patch_nce": 0.0, "dino_jsd": 1.0}, inn=inn, dino=tiny_dino, cache_gt=cache_gt)
+        # With own conditioning, SR and GT pass through one method of the network.
+        options = {"coefficients": {"dino_jsd": 1.0}, "conditioning": "own", **options}
+        return MGHFLoss(inn=inn, dino=tiny_dino, cache_gt=cache_gt, **options)
 
     return build
 
@@ -120,7 +122,7 @@ def test_moving_the_loss_computes_anew(build, seen):
 
 
 def test_changed_settings_compute_anew(build, seen):
-    criterion = build("MGHFLoss")
+    criterion = build("MGHFLoss", weighting="entropy")
     sr, gt = pair()
     criterion(sr, gt)
     criterion.prune = 0.5
@@ -167,11 +169,13 @@ def test_another_image_put_into_the_tensor_is_seen_by_its_shape_and_type(build, 
 
 
 def test_what_is_kept_has_no_graph(build):
-    criterion = build("MGHFnLoss")
+    criterion = build("MGHFLoss", conditioning="gt")
     sr, gt = (image.requires_grad_() for image in pair())
     criterion(sr, gt)
-    ((_, features),) = criterion.gt_features._last.values()
-    assert not any(level.requires_grad for level in features)
+    ((_, (pyramid,)),) = criterion.gt_pyramids._last.values()
+    assert pyramid.scales
+    assert not any(scale.requires_grad for level in pyramid.scales for scale in level)
+    assert not any(level.features.requires_grad for level in pyramid.levels)
 
 
 def test_threads_leave_one_value(build):
@@ -179,7 +183,7 @@ def test_threads_leave_one_value(build):
     pairs = [pair() for _ in range(8)]
     with ThreadPoolExecutor(4) as pool:
         values = list(pool.map(lambda images: criterion(*images), 4 * pairs))
-    assert len(criterion.gt_features._last) == 1
+    assert len(criterion.gt_pyramids._last) == 1
     for value, images in zip(values, 4 * pairs, strict=True):
         assert torch.equal(value, criterion(*images))
 
@@ -233,8 +237,8 @@ def test_copies_and_pickles_are_empty(build):
     sr, gt = pair()
     value = criterion(sr, gt)
     for twin in (copy.deepcopy(criterion), pickle.loads(pickle.dumps(criterion))):
-        assert twin.gt_levels.enabled
-        assert len(twin.gt_levels._last) == 0
+        assert twin.gt_pyramids.enabled
+        assert len(twin.gt_pyramids._last) == 0
         assert torch.equal(twin(sr, gt), value)
 
 

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import pywt
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import perturbed_inn
 from mghf_loss import HighFrequencyINN, INNConfig
-from mghf_loss.coupling import AffineCoupling, ChannelMixing
+from mghf_loss.coupling import AffineCoupling, Bottleneck, ChannelMixing
+from mghf_loss.ops import convolution
 
 VARIANTS = ["pyramid", "packet"]
 SIZES = [(8, 8), (16, 24), (37, 51), (9, 64), (101, 8)]
@@ -162,3 +164,41 @@ def test_configuration_errors_name_field_and_value(field, value):
 def test_images_smaller_than_the_stride_are_refused(inn):
     with pytest.raises(ValueError, match=r"at least 8 x 8, got shape \(1, 3, 7, 16\)"):
         inn.features(torch.rand(1, 3, 7, 16))
+
+
+@pytest.mark.parametrize("size", [(16, 24), (11, 13), (8, 9)])
+def test_on_cuda_no_convolution_of_a_frozen_network_is_in_tf32_and_no_padding_adds_in_any_order(size, inn, monkeypatch):
+    """As the dispatcher sees it, with the CPU taken for CUDA: each call says no tf32 itself, whatever is set."""
+    monkeypatch.setattr(convolution, "uses_cudnn", lambda x: True)
+    calls = []
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            calls.append((func, args))
+            return func(*args, **(kwargs or {}))
+
+    inn.requires_grad_(False)
+    image = torch.rand(2, 3, *size, requires_grad=True)
+    with Recorder():
+        features = inn.features(image)
+        torch.autograd.grad(sum(level.square().sum() for level in features), image)
+        with torch.no_grad():
+            inn.inverse(inn(image))
+    convolutions = [(func, args) for func, args in calls if "conv" in func.name()]
+    assert len(convolutions) > 50
+    for func, args in convolutions:
+        assert func is torch.ops.aten._convolution.default
+        assert args[-1] is False, "allow_tf32"
+    assert not [func for func, _ in calls if "reflection" in func.name() and "backward" in func.name()]
+
+
+@pytest.mark.parametrize("size", [(5, 7), (2, 2), (1, 6), (1, 1)])
+def test_a_frozen_bottleneck_has_the_gradient_of_one_with_trainable_parameters(size):
+    block = Bottleneck(5, 6, 4).double()
+    torch.nn.init.normal_(block[-1].weight)
+    x = torch.randn(2, 5, *size, dtype=torch.double, requires_grad=True)
+    gradients = []
+    for trainable in (True, False):
+        block.requires_grad_(trainable)
+        gradients.append(torch.autograd.grad(block(x).square().sum(), x)[0])
+    torch.testing.assert_close(*gradients)

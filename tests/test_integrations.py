@@ -19,8 +19,9 @@ import mghf_loss
 from mghf_loss import DinoJSDLoss, MGHFLoss, MGHFnLoss
 from mghf_loss.integrations.registered import WeightedLoss, register
 from mghf_loss.integrations.tensorboard import log_pair
+from mghf_loss.mghf import OFF
 
-TERMS = ["content", "style", "correlation", "patch_nce"]
+TERMS = ["content", "style", "correlation", "patch_nce"]  # of the preset "paper"
 
 
 def pair() -> tuple[Tensor, Tensor]:
@@ -81,7 +82,7 @@ def test_neosr_contract(trainer, tiny_dino, loss_weight):
     registry = trainer("neosr", "neosr", lower=False)
     assert set(registry) == {"MGHFLoss", "MGHFnLoss", "DinoJSDLoss"}
     sr, gt = pair()
-    options = {"coefficients": {"style": 0.0}, "input_range": [0, 1]}  # TOML has no tuples
+    options = {"preset": "paper", "coefficients": {"style": 0.0}, "input_range": [0, 1]}  # TOML has no tuples
     loss = registry.build({"type": "MGHFLoss", "loss_weight": loss_weight, **options})
     loss = loss.to("cpu", memory_format=torch.channels_last, non_blocking=True)
     value = loss(sr, gt)
@@ -107,9 +108,9 @@ def test_trainner_redux_contract(trainer, tiny_dino, loss_weight):
         logged = {name: value * abs(loss.loss_weight) for name, value in values.items() if value > 0}
         return torch.stack(list(logged.values())).sum(), logged
 
-    total, logged = step({"type": "mghfloss", "coefficients": {"style": 500.0}})
+    total, logged = step({"type": "mghfloss", "preset": "paper", "coefficients": {"style": 500.0}})
     assert list(logged) == TERMS
-    bare = MGHFLoss(coefficients={"style": 500.0})
+    bare = MGHFLoss("paper", coefficients={"style": 500.0})
     torch.testing.assert_close(total, loss_weight * bare(sr, gt))
     torch.testing.assert_close(*(torch.autograd.grad(v, sr)[0] for v in (total, loss_weight * bare(sr, gt))))
     assert set(step({"type": "MGHFnLoss"})[1]) == {"content"}
@@ -126,9 +127,9 @@ def test_basicsr_builds_the_pixel_slot(basicsr, tiny_dino, loss_weight):
     from basicsr.utils.registry import LOSS_REGISTRY
 
     sr, gt = pair()
-    bare = {"MGHFLoss": MGHFLoss(), "MGHFnLoss": MGHFnLoss(), "DinoJSDLoss": DinoJSDLoss(tiny_dino)}
+    bare = {"MGHFLoss": MGHFLoss("paper"), "MGHFnLoss": MGHFnLoss(), "DinoJSDLoss": DinoJSDLoss(tiny_dino)}
     for name, criterion in bare.items():
-        options = {"model": tiny_dino} if name == "DinoJSDLoss" else {}
+        options = {"MGHFLoss": {"preset": "paper"}, "DinoJSDLoss": {"model": tiny_dino}}.get(name, {})
         loss = LOSS_REGISTRY.get(name)(loss_weight=loss_weight, **options)
         assert loss.terms == {}
         torch.testing.assert_close(loss(sr, gt), loss_weight * criterion(sr, gt))
@@ -139,24 +140,25 @@ def test_basicsr_builds_the_pixel_slot(basicsr, tiny_dino, loss_weight):
 
 def test_basicsr_perceptual_slot_splits_the_loss(basicsr):
     sr, gt = pair()
-    expected, values = MGHFLoss()(sr, gt, return_terms=True)
-    both = basicsr.MGHFPerceptualLoss()
+    expected, values = MGHFLoss("paper")(sr, gt, return_terms=True)
+    both = basicsr.MGHFPerceptualLoss(preset="paper")
     percep, style = both(sr, gt)
     torch.testing.assert_close(percep + style, expected)
     torch.testing.assert_close(style, 600 * values["style"])
     assert both.terms == values
-    weighted = basicsr.MGHFPerceptualLoss(0.5, 0.25, reduction="sum")
+    weighted = basicsr.MGHFPerceptualLoss(0.5, 0.25, preset="paper", reduction="sum")
     torch.testing.assert_close(weighted(sr, gt), (2 * 0.5 * percep, 2 * 0.25 * style))
-    percep_alone = basicsr.MGHFPerceptualLoss(style_weight=0)(sr, gt)
+    percep_alone = basicsr.MGHFPerceptualLoss(style_weight=0, preset="paper")(sr, gt)
     torch.testing.assert_close(percep_alone, (percep, None))
-    torch.testing.assert_close(basicsr.MGHFPerceptualLoss(perceptual_weight=0)(sr, gt), (None, style))
-    without = basicsr.MGHFPerceptualLoss(coefficients={"style": 0.0})
+    style_alone = basicsr.MGHFPerceptualLoss(perceptual_weight=0, preset="paper")(sr, gt)
+    torch.testing.assert_close(style_alone, (None, style))
+    without = basicsr.MGHFPerceptualLoss(preset="paper", coefficients={"style": 0.0})
     torch.testing.assert_close(without(sr, gt), (percep, None))
 
 
 def test_basicsr_perceptual_slot_loads_no_network_that_it_does_not_use(basicsr):
     """The DINO term's would be fetched from the Hub."""
-    loss = basicsr.MGHFPerceptualLoss(perceptual_weight=0, coefficients={"dino_jsd": 1.0})
+    loss = basicsr.MGHFPerceptualLoss(perceptual_weight=0, preset="paper", coefficients={"dino_jsd": 1.0})
     assert loss.criterion.dino is None
 
 
@@ -204,7 +206,7 @@ def test_basicsr_gan_logs_terms_only_where_the_generator_was_trained(basicsr):
         "MGHFSRGANModel",
         network_d={"type": "UNetDiscriminatorSN", "num_in_ch": 3, "num_feat": 8},
         pixel_opt={"type": "L1Loss"},
-        perceptual_opt={"type": "MGHFPerceptualLoss", "perceptual_weight": 0.1},
+        perceptual_opt={"type": "MGHFPerceptualLoss", "preset": "paper", "perceptual_weight": 0.1},
         gan_opt={"type": "GANLoss", "gan_type": "vanilla", "loss_weight": 0.01},
         net_d_iters=2,
         grad_clip=1e-3,
@@ -336,7 +338,7 @@ def picture(events, tag: str) -> Tensor:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # TensorBoard's own
 @pytest.mark.parametrize("inference", [False, True])
 def test_log_pair_writes_terms_energies_and_pictures(tmp_path, inference):
-    criterion = MGHFLoss(input_range=(0, 255), reduction="none")
+    criterion = MGHFLoss("paper", input_range=(0, 255), reduction="none")
     with torch.inference_mode(inference):
         gt = 255 * torch.rand(3, 3, 32, 32)
         sr = torch.nn.functional.avg_pool2d(gt, 5, 1, 2)  # its details are gone
@@ -382,7 +384,7 @@ def test_log_pair_takes_the_other_losses(tmp_path, tiny_dino, name):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_log_pair_without_pictures_and_without_the_network(tmp_path, tiny_dino):
-    criterion = MGHFLoss(coefficients={**dict.fromkeys(TERMS, 0.0), "dino_jsd": 1.0}, dino=tiny_dino)
+    criterion = MGHFLoss(coefficients=OFF | {"dino_jsd": 1.0}, dino=tiny_dino)
     with SummaryWriter(str(tmp_path)) as writer:
         log_pair(writer, criterion, *pair(), 1, tag="val", images=0)
     events = read(tmp_path)

@@ -19,8 +19,9 @@ from torch.utils.data import DataLoader
 from conftest import perturbed_inn
 from mghf_loss import DinoJSDLoss, MGHFLoss, MGHFnLoss, terms
 from mghf_loss.frozen import Frozen
+from mghf_loss.mghf import OFF
 
-NCE_ALONE = {"content": 0, "style": 0, "correlation": 0, "patch_nce": 1.0}
+NCE_ALONE = OFF | {"patch_nce": 1.0}
 
 
 def pair(size: int = 32) -> tuple[Tensor, Tensor]:
@@ -60,7 +61,7 @@ def test_an_image_has_the_value_that_it_has_alone(inn):
 
 
 def test_the_seed_of_a_generator_chooses_the_locations_and_drawing_does_not_matter(inn):
-    criterion, (sr, gt) = MGHFLoss(coefficients=NCE_ALONE, inn=inn, patches=16), pair()
+    criterion, (sr, gt) = MGHFLoss(coefficients=NCE_ALONE, inn=inn, shift="none", patches=16), pair()
     first, second = (torch.Generator().manual_seed(seed) for seed in (1, 2))
     value = criterion(sr, gt, generator=first)
     torch.rand(3, generator=first)
@@ -121,7 +122,7 @@ def test_a_seeded_training_is_bit_equal_with_a_loss_that_is_built_and_logged_bes
 
 
 def test_coefficients_are_changed_by_a_checked_call_alone(inn):
-    criterion, (sr, gt) = MGHFLoss(inn=inn), pair()
+    criterion, (sr, gt) = MGHFLoss("paper", inn=inn), pair()
     before = criterion(sr, gt)
     with pytest.raises(TypeError):
         criterion.coefficients["style"] = 2.0  # type: ignore[index]
@@ -169,7 +170,7 @@ def test_images_in_unit_range_are_warned_of_where_another_is_expected(input_rang
         ({"temperature": True}, "temperature must be a finite number above 0, got True"),
         ({"temperature": float("inf")}, "temperature must be .* got inf"),
         ({"temperature": float("nan")}, "temperature must be .* got nan"),
-        ({"preset": "sharp-ish"}, "preset must be one of 'paper', got 'sharp-ish'"),
+        ({"preset": "sharp-ish"}, "preset must be one of 'balanced', .*, 'paper', got 'sharp-ish'"),
     ],
 )
 def test_numbers_that_are_none_are_refused(options, message, inn):
@@ -204,7 +205,7 @@ def test_sparse_and_nested_images_are_refused_by_name(build):
 
 def test_channel_weights_of_another_shape_are_refused():
     sr, gt = torch.rand(2, 2, 9, 8, 8).unbind(0)
-    for term in (terms.content, terms.style, terms.correlation, terms.patch_nce):
+    for term in (terms.content, terms.style, terms.correlation, terms.texture, terms.patch_nce):
         for weights in (torch.ones(9), torch.ones(1, 9), torch.ones(2, 1)):
             with pytest.raises(ValueError, match=r"channel_weights must have shape \(B, C\) = \(2, 9\)"):
                 term(sr, gt, weights)

@@ -16,6 +16,7 @@ pytest.importorskip("spandrel")
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from mghf_loss.mghf import OFF
 from studies import losses, models, tasks
 
 pytestmark = pytest.mark.bench
@@ -55,14 +56,13 @@ def test_haar_control_has_the_energy_of_haar_details_and_the_untrained_one_is_no
     assert not torch.allclose(untrained[0].square().sum(), features[0].square().sum(), rtol=0.01)
 
 
-def test_times_are_of_the_preset_and_shift_is_common():
+def test_coefficients_are_of_the_constructor_and_a_shift_is_common():
     gt = texture()
     sr = (gt + 0.05 * torch.randn_like(gt)).clamp(0, 1)
-    whole = losses.build("MGHFLoss", {"times": {"style": 0, "correlation": 0, "patch_nce": 0}})
-    half = losses.build("MGHFLoss", {"times": {"content": 0.5, "style": 0, "correlation": 0, "patch_nce": 0}})
+    whole, half = (losses.build("MGHFLoss", {"coefficients": OFF | {"content": factor}}) for factor in (1.0, 0.5))
     generator = torch.Generator
     assert half(sr, gt, generator()).item() == pytest.approx(whole(sr, gt, generator()).item() / 2)
-    shifted = losses.build("MGHFnLoss", {"shift": 7})
+    shifted = losses.build("MGHFnLoss", {"shift": "random"})
     assert shifted(gt, gt, generator().manual_seed(3)) == 0
     assert len({shifted(sr, gt, generator().manual_seed(seed)).item() for seed in range(4)}) > 1
 

@@ -81,12 +81,12 @@ def test_pruned_channels_do_not_count():
     weights[:, 1] = 0
     changed = sr.clone()
     changed[:, 1] *= 7
-    for term in (terms.content, terms.style, terms.correlation):
+    for term in (terms.content, terms.style, terms.correlation, terms.texture):
         assert torch.equal(term(changed, gt, weights), term(sr, gt, weights)), term.__name__
         assert not torch.equal(term(changed, gt), term(sr, gt)), term.__name__
 
 
-@pytest.mark.parametrize("term", [terms.content, terms.style, terms.correlation, terms.patch_nce])
+@pytest.mark.parametrize("term", [terms.content, terms.style, terms.correlation, terms.texture, terms.patch_nce])
 def test_reductions_agree(term):
     sr, gt = levels(batch=3)
     values = term(sr, gt, reduction="none")
@@ -97,13 +97,13 @@ def test_reductions_agree(term):
     torch.testing.assert_close(single, values)  # images of a batch do not see one another
 
 
-@pytest.mark.parametrize("term", [terms.content, terms.style, terms.correlation])
+@pytest.mark.parametrize("term", [terms.content, terms.style, terms.correlation, terms.texture])
 def test_gradcheck(term):
     sr, gt = levels(batch=1, channels=2, size=(2, 3))
     assert torch.autograd.gradcheck(lambda x: term(x, gt), (sr.requires_grad_(),))
 
 
-@pytest.mark.parametrize("term", [terms.content, terms.style, terms.correlation, terms.patch_nce])
+@pytest.mark.parametrize("term", [terms.content, terms.style, terms.correlation, terms.texture, terms.patch_nce])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_levels_are_computed_in_float32_whatever_autocast_says(term, dtype):
     sr, gt = (level.to(dtype) for level in levels())
@@ -114,13 +114,13 @@ def test_half_precision_levels_are_computed_in_float32_whatever_autocast_says(te
     assert torch.equal(got, expected)
 
 
-@pytest.mark.parametrize("term", [terms.content, terms.style, terms.correlation, terms.patch_nce])
+@pytest.mark.parametrize("term", [terms.content, terms.style, terms.correlation, terms.texture, terms.patch_nce])
 def test_an_unknown_reduction_is_refused(term):
     with pytest.raises(ValueError, match=r"reduction must be one of .* got 'max'"):
         term(*levels(), reduction="max")
 
 
-@pytest.mark.parametrize("term", [terms.content, terms.style, terms.correlation, terms.patch_nce])
+@pytest.mark.parametrize("term", [terms.content, terms.style, terms.correlation, terms.texture, terms.patch_nce])
 def test_levels_of_different_shape_are_refused(term):
     with pytest.raises(ValueError, match=r"\(1, 3, 4, 4\) and \(1, 3, 4, 5\)"):
         term(torch.rand(1, 3, 4, 4), torch.rand(1, 3, 4, 5))
@@ -175,3 +175,68 @@ def test_a_constant_image_gets_equal_weights():
 def test_weights_carry_no_gradient():
     features = torch.randn(1, 4, 8, 8, requires_grad=True)
     assert not entropy_channel_weights(features).requires_grad
+
+
+def test_texture_by_hand():
+    sr, gt = torch.zeros(2, 1, 2, 5, 4).unbind(0)
+    sr[0, 0] = 3.0  # all windows, whole and cut off
+    gt[0, 1, 4, 0] = 2.0  # one of the four locations of the second window
+    errors = (9 + 0.05**2) ** 0.5 - 0.05, ((1 + 0.05**2) ** 0.5 - 0.05) / 2
+    assert terms.texture(sr, gt).item() == pytest.approx(sum(errors) / 2, rel=1e-6)
+    weights = torch.tensor([[0.5, 2.0]])
+    assert terms.texture(sr, gt, weights).item() == pytest.approx((0.5 * errors[0] + 2 * errors[1]) / 2, rel=1e-6)
+    assert terms.texture(sr, gt, window=1, eps=2.0).item() == pytest.approx((13**0.5 - 2 + (8**0.5 - 2) / 20) / 2)
+
+
+def test_texture_is_blind_to_sign_and_place_within_a_window_and_not_to_strength():
+    gt = torch.randn(2, 5, 8, 12, dtype=torch.double)
+    assert terms.texture(gt, gt) == 0
+    sign = torch.randn_like(gt).sign()
+    assert terms.texture(sign * gt, gt).item() == pytest.approx(0, abs=1e-12)
+    windows = gt.unflatten(3, (3, 4)).unflatten(2, (2, 4))
+    assert terms.texture(windows.transpose(3, 5).reshape_as(gt), gt).item() == pytest.approx(0, abs=1e-12)
+    assert terms.texture(gt.roll(4, 3), gt) > 0.05  # another window
+    blurred, sharpened = terms.texture(0.5 * gt, gt), terms.texture(1.5 * gt, gt)
+    assert blurred.item() == pytest.approx(sharpened.item(), rel=0.02)
+    assert blurred > 0.3
+
+
+def test_the_gradient_of_texture_is_bounded_as_noise_grows():
+    gt, noise = torch.randn(2, 1, 5, 9, 12, dtype=torch.double).unbind(0)
+    sizes = []
+    for strength in (1.0, 1e2, 1e4, 1e8):
+        sr = (gt + strength * noise).requires_grad_()
+        (gradient,) = torch.autograd.grad(terms.texture(sr, gt), sr)
+        sizes.append(gradient.abs().sum().item())
+    assert max(sizes) <= 1  # |d R / d F| adds up to 1 at most in a window, and the windows' mean is taken
+    assert sizes[1:] == pytest.approx(sizes[-1:] * 3, rel=0.05)  # and it does not vanish
+
+
+@pytest.mark.parametrize("sr_is_zero", [True, False])
+@pytest.mark.parametrize("gt_is_zero", [True, False])
+def test_the_gradient_of_texture_is_finite_where_features_are_zero(sr_is_zero, gt_is_zero):
+    sr, gt = (level * (not zero) for level, zero in zip(levels(), (sr_is_zero, gt_is_zero), strict=True))
+    sr.requires_grad_()
+    (gradient,) = torch.autograd.grad(terms.texture(sr, gt), sr)
+    assert gradient.isfinite().all()
+    assert (gradient.abs().max() > 0) == (not sr_is_zero)
+    assert not torch.autograd.grad(terms.texture(sr, sr.detach()), sr)[0].any()  # the kink, from either side
+
+
+def test_texture_takes_levels_that_are_smaller_than_its_window():
+    sr, gt = levels(size=(1, 3))
+    expected = ((sr.square().mean((2, 3)) + 0.05**2).sqrt() - (gt.square().mean((2, 3)) + 0.05**2).sqrt()).abs().mean()
+    torch.testing.assert_close(terms.texture(sr, gt), expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"window": 0}, "window must be an integer of at least 1, got 0"),
+        ({"window": 2.5}, "window must be an integer of at least 1, got 2.5"),
+        ({"eps": 0}, "eps must be a finite number above 0, got 0"),
+    ],
+)
+def test_options_of_texture_are_checked(options, message):
+    with pytest.raises(ValueError, match=message):
+        terms.texture(*levels(), **options)

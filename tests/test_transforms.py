@@ -16,10 +16,14 @@ from mghf_loss.ops import patch_nce, second_order_statistics
 
 # PyTorch's remarks that it loops over what an operator cannot batch, and that its own forward-mode AD is scripted.
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop", "ignore:`torch.jit")
+ALL = {"content": 1.0, "style": 300.0, "correlation": 1.0, "texture": 1.0, "patch_nce": 0.01}
 LOSSES = {
     "MGHFnLoss": lambda: MGHFnLoss(perturbed_inn(levels=2)),
-    "MGHFLoss": lambda: MGHFLoss(inn=perturbed_inn(levels=2), patches=16),
-    "low memory": lambda: MGHFLoss(inn=perturbed_inn(levels=2), patches=None, memory="low"),
+    "MGHFLoss": lambda: MGHFLoss(coefficients=ALL, inn=perturbed_inn(levels=2), patches=16),
+    "paper": lambda: MGHFLoss("paper", inn=perturbed_inn(levels=2), patches=16),
+    "GT-conditioned": lambda: MGHFLoss(coefficients=ALL, inn=perturbed_inn(levels=2), conditioning="gt", patches=16),
+    "average": lambda: MGHFnLoss(perturbed_inn(levels=2), shift="average"),
+    "low memory": lambda: MGHFLoss("paper", inn=perturbed_inn(levels=2), patches=None, memory="low"),
 }
 
 

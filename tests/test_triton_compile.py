@@ -1,4 +1,4 @@
-"""Every configuration of the Triton kernels, compiled for sm_80 and sm_90 without a GPU: spills, shared memory."""
+"""Every configuration of the Triton kernels, compiled for sm_80, 90 and 120 without a GPU: spills, shared memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ import pytest
 
 pytestmark = [pytest.mark.triton, pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")]
 
-ARCHITECTURES = {80: 99 * 1024, 90: 227 * 1024}  # shared memory; of the GPUs of the 8.x family the least
+# Shared memory; of the GPUs of a family the least.
+ARCHITECTURES = {80: 99 * 1024, 90: 227 * 1024, 120: 99 * 1024}
 CHANNELS = (9, 45, 96, 189)
 ALWAYS_ALIGNED = ("padded", "plane", "split_places")
 SIZES = ("places", "x_image", "x_channel", "y_image", "y_channel", "sr_image", "sr_channel", "gt_image", "gt_channel")
@@ -86,6 +87,39 @@ def patch_nce_kernels(
         yield f"stored {places}", kernel, signature(kernel), constants, module.launch_options(8, 1)
 
 
+def compile_kernel(
+    kernel: Any,
+    architecture: int,
+    types: dict[str, str],
+    constants: dict[str, Any],
+    options: dict[str, int],
+    aligned: bool,
+) -> Any:
+    """The compiled kernel, as Triton has it."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3):
+        pytest.skip("ASTSource takes other arguments before Triton 3.3")
+    names = kernel.arg_names
+    assert set(constants) <= set(names), constants
+    types = {name: "constexpr" if name in constants else types[name] for name in names}
+    # PyTorch's allocations are aligned; sizes and strides are where they divide by 16.
+    hints = [
+        i
+        for i, name in enumerate(names)
+        if types[name].startswith("*") or name in ALWAYS_ALIGNED or (aligned and name in SIZES and types[name] == "i32")
+    ]
+    source = ASTSource(
+        fn=kernel,
+        signature=types,
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={(i,): [["tt.divisibility", 16]] for i in hints},
+    )
+    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+
+
 def assemble(ptx: str, folder: Path) -> str:
     """What the assembler says about registers and spills."""
     import triton
@@ -109,33 +143,10 @@ def assemble(ptx: str, folder: Path) -> str:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("kernels", [statistics_kernels, patch_nce_kernels])
 def test_compiles_without_spills(kernels, architecture, aligned, tmp_path):
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3):
-        pytest.skip("ASTSource takes other arguments before Triton 3.3")
     compiled = 0
     problems = []
     for label, kernel, types, constants, options in kernels(architecture, aligned):
-        names = kernel.arg_names
-        assert set(constants) <= set(names), label
-        types = {name: "constexpr" if name in constants else types[name] for name in names}
-        # PyTorch's allocations are aligned; sizes and strides are where they divide by 16.
-        hints = [
-            i
-            for i, name in enumerate(names)
-            if types[name].startswith("*")
-            or name in ALWAYS_ALIGNED
-            or (aligned and name in SIZES and types[name] == "i32")
-        ]
-        source = ASTSource(
-            fn=kernel,
-            signature=types,
-            constexprs={(names.index(name),): value for name, value in constants.items()},
-            attrs={(i,): [["tt.divisibility", 16]] for i in hints},
-        )
-        binary = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+        binary = compile_kernel(kernel, architecture, types, constants, options, aligned)
         ptx = binary.asm["ptx"]
         said = assemble(ptx, tmp_path)
         spills = re.search(r"(\d+) bytes spill stores", said)
@@ -148,3 +159,12 @@ def test_compiles_without_spills(kernels, architecture, aligned, tmp_path):
         compiled += 1
     assert not problems, "\n".join(problems)
     assert compiled > 5
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_partial_gram_matrices_are_added_without_a_barrier_in_each_step(architecture):
+    for label, kernel, types, constants, options in statistics_kernels(architecture, True):
+        if label.startswith("add gram"):
+            code = compile_kernel(kernel, architecture, types, constants, options, True).asm["ttgir"]
+            start = code.index("scf.for")  # one loop, over the splits, ends where an accumulator is yielded
+            assert "convert_layout" not in code[start : code.rindex("scf.yield %")], label

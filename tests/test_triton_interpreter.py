@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 if find_spec("triton") is not None:
@@ -25,13 +26,22 @@ FAST = {"statistics": 3e-4, "patch_nce": 2e-3}
 HALF_UNIT = 2.0**-24  # the exact value rounded to float32 is off by this much
 
 
-@pytest.fixture(scope="module")
-def rows() -> list[dict]:
+def interpreted(*arguments: str) -> list[dict]:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    program = Path(__file__).with_name("triton_interpreted.py")
-    run = subprocess.run([sys.executable, str(program)], env=environment, capture_output=True, text=True)
+    program = [sys.executable, str(Path(__file__).with_name("triton_interpreted.py"))]
+    run = subprocess.run([*program, *arguments], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     return [json.loads(line) for line in run.stdout.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[dict]:
+    return interpreted()
+
+
+@pytest.fixture(scope="module")
+def matrix() -> list[dict]:
+    return interpreted("matrix")
 
 
 def errors(rows: list[dict], operator: str, precision: str) -> list[tuple[str, float, float]]:
@@ -58,10 +68,40 @@ def test_fast_keeps_its_bound(operator, rows):
         assert error <= FAST[operator], f"{where}: {error:.1e}"
 
 
+@pytest.mark.parametrize("operator", FAST)
+def test_every_tile_of_both_architectures_keeps_the_bounds(operator, matrix):
+    for where, error, _ in errors(matrix, operator, "fast"):
+        few = 5 if "N=2," in where else 1  # so few values do not average rounding errors
+        assert error <= few * FAST[operator], f"{where}: {error:.1e}"
+    for where, error, native in errors(matrix, operator, "high"):
+        assert error <= 2 * native + HALF_UNIT, f"{where}: {error:.1e}, formula {native:.1e}"
+
+
 def test_nan_reaches_all_that_it_reaches_in_the_formula(rows):
     (row,) = (row for row in rows if row["operator"] == "nan")
     assert row["same"]
-    assert row["count"] == 9
+    assert row["count"] == 18
+
+
+@pytest.mark.parametrize(
+    ("eps", "tolerance", "iterations", "expected"),
+    [(1.0, 1e-4, 50, 12), (2.0, 1e-3, 50, 12), (1.0, 1e-4, 5, 5), (1.0, 0.0, 50, 50), (0.5, 1e-4, 50, 50)],
+)
+def test_no_more_iterations_are_launched_than_any_features_need(eps, tolerance, iterations, expected, monkeypatch):
+    from mghf_loss.ops import nce_triton
+
+    launched = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *arguments, **options: launched.append(grid)
+
+    monkeypatch.setattr(nce_triton, "_half_iteration_kernel", Kernel())
+    vectors, potential = torch.zeros(1, 1, 128, 16, dtype=torch.float16), torch.zeros(1, 128)
+    tile = nce_triton.tiles(9, "fast", (9, 0))
+    arguments = (100, nce_triton.LOG2_E / eps, iterations, tolerance, tile, False, None)
+    nce_triton._sinkhorn_streaming(vectors, vectors, potential, potential, *arguments)
+    assert len(launched) == 2 * expected
 
 
 @pytest.mark.parametrize("way", ["stored", "streaming"])

@@ -1,6 +1,6 @@
 """Run the Triton kernels in Triton's interpreter, on a CPU, and print their errors against float64 as JSON.
 
-    TRITON_INTERPRET=1 python tests/triton_interpreted.py
+    TRITON_INTERPRET=1 python tests/triton_interpreted.py [matrix]
 
 A program of its own, because the variable must be set before Triton is imported. For every case it prints the
 relative errors (Euclidean norm) of the kernels, and of the torch formula in float32, against the formula in float64.
@@ -9,6 +9,7 @@ relative errors (Euclidean norm) of the kernels, and of the torch formula in flo
 from __future__ import annotations
 
 import json
+import sys
 from itertools import product
 from types import SimpleNamespace
 
@@ -118,9 +119,10 @@ def early_stop_case(stored: bool) -> None:
 
 
 def nan_case() -> None:
-    """The NaN that a GPU makes survives the rounding to tf32, through which it reaches the other channels."""
+    """A NaN of all ones, of either sign, survives the rounding to tf32, through which it reaches the other channels."""
     sr, gt = torch.randn(2, 1, 9, 4, 5).unbind(0)
-    sr.view(torch.int32)[0, 3, 1, 2] = 0x7FFFFFFF
+    sr.view(torch.int32)[0, 3, 1, 2] = 0x7FFFFFFF  # such as a GPU makes
+    sr.view(torch.int32)[0, 5, 2, 3] = -1
     arguments = (None, torch.randn(1, 9, 9), torch.randn(1, 6, 9), "fast")
     found, expected = (
         backward(sr, gt, *arguments).isnan() for backward in (backward_triton, statistics.backward_formula)
@@ -133,7 +135,7 @@ def whole_loss_case(precision: str) -> None:
     nce_triton.STORED_PLACES = 512
     torch.manual_seed(0)
     inn = HighFrequencyINN(INNConfig(hidden=8))
-    criterion = MGHFLoss(inn=inn, patches=40, precision=precision)
+    criterion = MGHFLoss("paper", inn=inn, patches=40, precision=precision)
     gt = torch.rand(1, 3, 24, 24)
     sr = (gt + 0.2 * torch.randn_like(gt)).requires_grad_()
 
@@ -164,9 +166,29 @@ def whole_loss_case(precision: str) -> None:
     report("MGHFLoss", "whole", precision, errors, {})
 
 
+def matrix() -> None:
+    """Every tile of sm_80 and sm_90 at many sizes: aligned and not, pruned, 16 bits, channels_last, both precisions."""
+    for capability in ((8, 0), (9, 0)):
+        statistics_triton.device_properties = nce_triton.device_properties = lambda _, found=capability: (found, 4)
+        where = f"sm_{capability[0]}0"
+        for channels, size, precision in product((9, 45, 96, 189, 300), ((16, 16), (13, 11)), ("fast", "high")):
+            statistics_case(f"C={channels} {size}, {where}", (2, channels, *size), precision)
+        for channels, precision in product((9, 96), ("fast", "high")):
+            label, shape = f"C={channels}, {where}", (2, channels, 16, 16)
+            statistics_case(f"{label}, bf16", shape, precision, dtype=torch.bfloat16, pruned=True)
+            statistics_case(f"{label}, channels_last", shape, precision, channels_last=True)
+        for channels, places, precision in product((9, 45, 189), (2, 129), ("fast", "high")):
+            label, shape = f"C={channels} N={places}, {where}", (2, channels, places)
+            patch_nce_case(f"{label}, plain", shape, precision, modulation="plain")
+            for stored in (True, False):
+                patch_nce_case(f"{label}, stored {stored}", shape, precision, iterations=2, stored=stored)
+
+
 def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    if sys.argv[1:] == ["matrix"]:
+        return matrix()
     for precision in ("fast", "high"):
         statistics_case("one place", (2, 3, 1, 1), precision)
         statistics_case("C=9", (2, 9, 7, 9), precision)

@@ -91,19 +91,17 @@ def image(name: str, value: Any, least_size: int = 1) -> None:
         )
     shape = tuple(value.shape)
     if value.ndim != 4:
-        hint = {
+        remedy = {
             3: f"; for one image use {name}[None]",
             5: f"; for video (B, T, 3, H, W) flatten time into the batch, {name}.flatten(0, 1)",
         }.get(value.ndim, "")
-        raise ValueError(f"{name} must have shape (B, 3, H, W), got {shape}{hint}")
-    if shape[1] == 1:
-        raise ValueError(
-            f"{name} must have 3 channels (RGB), got 1 (shape {shape}); "
-            f"for grey images use {name}.expand(-1, 3, -1, -1)"
-        )
+        raise ValueError(f"{name} must have shape (B, 3, H, W), got {shape}{remedy}")
     if shape[1] != 3:
-        hint = f"; drop alpha with {name}[:, :3], or decode latents to images first" if shape[1] == 4 else ""
-        raise ValueError(f"{name} must have 3 channels (RGB), got {shape[1]} (shape {shape}){hint}")
+        remedy = {
+            1: f"; for grey images use {name}.expand(-1, 3, -1, -1)",
+            4: f"; drop alpha with {name}[:, :3], or decode latents to images first",
+        }.get(shape[1], "")
+        raise ValueError(f"{name} must have 3 channels (RGB), got {shape[1]} (shape {shape}){remedy}")
     if shape[0] < 1:
         raise ValueError(f"{name} must hold at least one image, got shape {shape}")
     if min(shape[-2:]) < least_size:

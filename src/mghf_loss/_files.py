@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import secrets
 import stat
 import tempfile
@@ -68,8 +69,10 @@ def check_output(path: Path, suffixes: Collection[str] | None = None) -> None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep `folder` to this process; raise `OSError` where another has it. The system frees it for a killed process."""
-    # A file, as network file systems lock no folder. It stays: who removes a lock may remove that of another.
+    """Make `folder` and keep it to this process; raise `OSError` where it cannot be written or another has it."""
+    check_output(folder)
+    # A file, as network file systems lock no folder; the system frees it for a killed process. It stays: who removes a
+    # lock may remove that of another.
     with (folder / LOCK_FILE).open("wb") as file:
         try:
             if fcntl is not None:
@@ -83,14 +86,11 @@ def locked(folder: Path) -> Iterator[None]:
 
 def write_table(path: Path, table: Sequence[Mapping[str, object]]) -> None:
     """Write rows of one set of columns as CSV, whole or not at all."""
-
-    def write(temporary: Path) -> None:
-        with temporary.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(table[0]))
-            writer.writeheader()
-            writer.writerows(table)
-
-    write_atomically(path, write)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(table[0]))
+    writer.writeheader()
+    writer.writerows(table)
+    write_atomically(path, lambda temporary: temporary.write_bytes(text.getvalue().encode()))
 
 
 def format_table(table: Sequence[Mapping[str, object]]) -> str:

@@ -35,23 +35,20 @@ class GTCache(Generic[Value]):
         self.enabled = _checks.boolean("cache_gt", enabled)
         self._last = WeakTensorKeyDictionary()
 
+    @torch.no_grad()
     def get(self, gt: Tensor, compute: Callable[[Tensor], Value], *settings: Hashable) -> Value:
         """Return `compute(gt)`, or what it returned for this GT and these `settings`; without gradient."""
         if not self.enabled or not _is_cacheable(gt):
-            with torch.no_grad():
-                return compute(gt)
+            return compute(gt)
         device = gt.device.type
         dtype = torch.get_autocast_dtype(device)
         key = (gt._version, gt.shape, gt.dtype, torch.is_autocast_enabled(device), dtype, *settings)
         remembered = self._last.get(gt)
         if remembered is None or remembered[0] != key:
             self._last = WeakTensorKeyDictionary()  # first, so that two values are never held at once
-            with torch.no_grad():
-                remembered = key, compute(gt)
+            remembered = key, compute(gt)
             # Replaced rather than filled: whatever other threads do, there is one.
-            last = WeakTensorKeyDictionary()
-            last[gt] = remembered
-            self._last = last
+            self._last = WeakTensorKeyDictionary({gt: remembered})
         return remembered[1]
 
     def __reduce__(self) -> tuple[type[GTCache[Value]], tuple[bool]]:

@@ -11,6 +11,8 @@ from FrEIA.modules import InvertibleModule
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .ops.convolution import convolution
+
 
 class Bottleneck(nn.Sequential):
     """1x1, depthwise 3x3, 1x1 convolution with ReLU between: (B, C_in, h, w) -> (B, C_out, h, w).
@@ -35,23 +37,51 @@ class Bottleneck(nn.Sequential):
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply the block; every map keeps its height and width."""
-        # Reflection padding commutes with a 1x1 convolution and ReLU; padding the few input channels rather
-        # than the hidden ones saves a copy of the hidden map. A map of one place has nothing to reflect.
-        mode = "reflect" if min(input.shape[-2:]) > 1 else "replicate"
-        padded = F.pad(input, (1, 1, 1, 1), mode=mode)
         parameters = tuple(self.parameters())
-        frozen = padded.requires_grad and not any(parameter.requires_grad for parameter in parameters)
+        frozen = input.requires_grad and not any(parameter.requires_grad for parameter in parameters)
         # A trace holds no functions of Python.
         if frozen and not torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
-            return _FrozenBottleneck.apply(padded, *parameters)[0]  # type: ignore[index]
+            return _FrozenBottleneck.apply(input, *parameters)[0]  # type: ignore[index]
         if self.training and self.training_dtype is not None:
-            with torch.autocast(padded.device.type, self.training_dtype):
-                return super().forward(padded).to(input.dtype)
-        return super().forward(padded)
+            with torch.autocast(input.device.type, self.training_dtype):
+                return super().forward(_pad(input)).to(input.dtype)
+        return _bottleneck(_pad(input), *parameters)[0]
+
+
+def _pad_mode(input: Tensor) -> str:
+    """A map of one row or column has nothing to reflect."""
+    return "reflect" if min(input.shape[-2:]) > 1 else "replicate"
+
+
+def _pad(input: Tensor) -> Tensor:
+    # Reflection padding commutes with a 1x1 convolution and ReLU; padding the few input channels rather
+    # than the hidden ones saves a copy of the hidden map.
+    return F.pad(input, (1, 1, 1, 1), mode=_pad_mode(input))
+
+
+def _unpad(gradient: Tensor, mode: str) -> Tensor:
+    """Gradient of `_pad`, added in one order: torch's own adds in any order on CUDA, and is slower on a CPU."""
+    edge = int(mode == "reflect")
+    gradient = gradient.clone()
+    rows = gradient[..., 1:-1, :]
+    rows[..., edge, :] += gradient[..., 0, :]
+    rows[..., -1 - edge, :] += gradient[..., -1, :]
+    columns = rows[..., 1:-1]
+    columns[..., edge] += rows[..., 0]
+    columns[..., -1 - edge] += rows[..., -1]
+    return columns
+
+
+def _bottleneck(x: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A bottleneck's output from its padded input, and its hidden maps."""
+    w1, b1, w2, b2, w3, b3 = parameters
+    first = convolution(x, w1, b1).relu_()
+    second = convolution(first, w2, b2, groups=w2.shape[0]).relu_()
+    return convolution(second, w3, b3), first, second
 
 
 class _FrozenBottleneck(torch.autograd.Function):
-    """The padded `Bottleneck` with constant parameters: the backward pass needs the signs of the hidden maps only.
+    """`Bottleneck` with constant parameters: the backward pass needs the signs of the hidden maps only.
 
     Autograd would keep the maps themselves, as inputs of convolutions whose weights need no gradient: four times
     the memory, and most of what a loss keeps.
@@ -61,18 +91,16 @@ class _FrozenBottleneck(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, *parameters: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        w1, b1, w2, b2, w3, b3 = parameters
-        hidden = F.conv2d(x, w1, b1).relu_()
-        first = hidden.bool()  # ReLU leaves no negative values; several times as fast as hidden > 0
-        hidden = F.conv2d(hidden, w2, b2, groups=w2.shape[0]).relu_()
-        second = hidden.bool()
-        # A product with uint8 is vectorised on a CPU, with bool it is not.
-        return F.conv2d(hidden, w3, b3), first.view(torch.uint8), second.view(torch.uint8)
+        output, first, second = _bottleneck(_pad(x), *parameters)
+        # ReLU leaves no negative values; bool() is several times as fast as > 0. A product with uint8 is vectorised on
+        # a CPU, with bool it is not.
+        return output, first.bool().view(torch.uint8), second.bool().view(torch.uint8)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.set_materialize_grads(False)  # no zeros for the masks
         ctx.mark_non_differentiable(*output[1:])
+        ctx.pad_mode = _pad_mode(inputs[0])
         ctx.save_for_backward(*output[1:], *inputs[1::2])
 
     @staticmethod
@@ -81,9 +109,9 @@ class _FrozenBottleneck(torch.autograd.Function):
         first, second, w1, w2, w3 = ctx.saved_tensors
         with torch.autocast(first.device.type, enabled=False):  # the caller's, where backward() is inside
             # The transpose of a convolution: channels swapped, taps flipped, full padding.
-            gradient = F.conv2d(gradients[0], w3.transpose(0, 1)).mul_(second)
-            gradient = F.conv2d(gradient, w2.flip(-2, -1), padding=2, groups=w2.shape[0]).mul_(first)
-            return F.conv2d(gradient, w1.transpose(0, 1)), *[None] * 6
+            gradient = convolution(gradients[0], w3.transpose(0, 1)).mul_(second)
+            gradient = convolution(gradient, w2.flip(-2, -1), padding=2, groups=w2.shape[0]).mul_(first)
+            return _unpad(convolution(gradient, w1.transpose(0, 1)), ctx.pad_mode), *[None] * 6
 
 
 class ChannelMixing(InvertibleModule):
@@ -121,8 +149,12 @@ class ChannelMixing(InvertibleModule):
             log_det_jac = x.shape[-2] * x.shape[-1] * torch.linalg.slogdet(matrix).logabsdet
             log_det_jac = -log_det_jac if rev else log_det_jac
         # Inverted in float64: for 189 channels a float32 inverse would be off by 4e-5.
-        matrix = torch.linalg.inv(self.matrix.double()).to(x.dtype) if rev else self.matrix
-        return (F.conv2d(x, matrix[:, :, None, None]),), log_det_jac
+        inverse = torch.linalg.inv(self.matrix.double()).to(x.dtype) if rev else None
+        return (self.transform(x, inverse),), log_det_jac
+
+    def transform(self, x: Tensor, matrix: Tensor | None = None) -> Tensor:
+        """Return W x, or `matrix` x."""
+        return convolution(x, (self.matrix if matrix is None else matrix)[:, :, None, None])
 
     def output_dims(self, input_dims: list[Any]) -> list[Any]:
         """Unchanged."""
@@ -164,21 +196,25 @@ class AffineCoupling(InvertibleModule):
         if c is None:
             raise ValueError("AffineCoupling needs the low-pass band as its condition c, got None")
         (x,), (low,) = x_or_z, c
-        z1, z2 = x.split(self.split, dim=1)
-        if not rev:
-            z2 = z2 + self.phi(torch.cat((z1, low), dim=1))
-        rho, eta = self.rho_eta(torch.cat((z2, low), dim=1)).chunk(2, dim=1)
-        log_scale = self.clamp * torch.tanh(rho / self.clamp)
         if rev:
+            z1, z2 = x.split(self.split, dim=1)
+            log_scale, eta = self._log_scale_and_shift(z2, low)
             z1 = (z1 - eta) * torch.exp(-log_scale)
-            z2 = z2 - self.phi(torch.cat((z1, low), dim=1))
+            z, log_scale = torch.cat((z1, z2 - self.phi(torch.cat((z1, low), dim=1))), dim=1), -log_scale
         else:
-            z1 = z1 * torch.exp(log_scale) + eta
-        log_det_jac = 0.0
-        if jac:
-            log_det_jac = log_scale.flatten(1).sum(1)
-            log_det_jac = -log_det_jac if rev else log_det_jac
-        return (torch.cat((z1, z2), dim=1),), log_det_jac
+            z, log_scale = self.transform(x, low)
+        return (z,), log_scale.flatten(1).sum(1) if jac else 0.0
+
+    def transform(self, x: Tensor, low: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what becomes of the details x, and log s (B, n1, h, w), the log-scale of their first n1 channels."""
+        z1, z2 = x.split(self.split, dim=1)
+        z2 = z2 + self.phi(torch.cat((z1, low), dim=1))
+        log_scale, eta = self._log_scale_and_shift(z2, low)
+        return torch.cat((z1 * torch.exp(log_scale) + eta, z2), dim=1), log_scale
+
+    def _log_scale_and_shift(self, z2: Tensor, low: Tensor) -> tuple[Tensor, Tensor]:
+        rho, eta = self.rho_eta(torch.cat((z2, low), dim=1)).chunk(2, dim=1)
+        return self.clamp * torch.tanh(rho / self.clamp), eta
 
     def output_dims(self, input_dims: list[Any]) -> list[Any]:
         """Unchanged."""

@@ -82,17 +82,7 @@ class Criterion(nn.Module, ABC):
                 f"the network of {', '.join(unavailable)} is not loaded, because the term was off when the loss was "
                 f"built: give it a factor there, {type(self).__name__}(coefficients={{{unavailable[0]!r}: ...}})"
             )
-        self._change_coefficients(coefficients)
-
-    def _change_coefficients(self, changes: Mapping[str, float]) -> None:
-        if not isinstance(changes, Mapping):
-            raise TypeError(f"coefficients must be a mapping from term to factor, got {changes!r}")
-        _checks.names("term", changes, self._coefficients)
-        factors = {name: _checks.number(f"coefficients[{name!r}]", factor) for name, factor in changes.items()}
-        merged = {**self._coefficients, **factors}
-        if not any(merged.values()):
-            raise ValueError("all coefficients are 0: there is nothing to compute")
-        self._coefficients = merged
+        self._coefficients = merged_coefficients(self._coefficients, coefficients)
 
     def _is_available(self, term: str) -> bool:
         """Whether the network that `term` needs is there."""
@@ -208,6 +198,18 @@ class Criterion(nn.Module, ABC):
     def extra_repr(self) -> str:
         """Show the coefficients."""
         return ", ".join(f"{name}={value:g}" for name, value in self._coefficients.items())
+
+
+def merged_coefficients(coefficients: Mapping[str, float], changes: Mapping[str, float]) -> dict[str, float]:
+    """Return `coefficients` with checked `changes`."""
+    if not isinstance(changes, Mapping):
+        raise TypeError(f"coefficients must be a mapping from term to factor, got {changes!r}")
+    _checks.names("term", changes, coefficients)
+    factors = {name: _checks.number(f"coefficients[{name!r}]", factor) for name, factor in changes.items()}
+    merged = {**coefficients, **factors}
+    if not any(merged.values()):
+        raise ValueError("all coefficients are 0: there is nothing to compute")
+    return merged
 
 
 def masked(sr: Tensor, gt: Tensor, mask: Tensor) -> Tensor:

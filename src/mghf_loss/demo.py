@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib import pyplot as plt
+from matplotlib.patches import Rectangle
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -16,8 +18,7 @@ from ._files import check_output, write_atomically, write_table
 from .mghf import MGHFLoss
 from .toy import TRAINING_PHOTOGRAPHS, SmallSR, downscale, photograph, random_crop, upscale
 
-# Factor of MGHFLoss beside L1.
-MGHF_WEIGHT = 0.05
+MGHF_WEIGHT = 0.05  # factor of MGHFLoss beside L1
 UNSEEN_PHOTOGRAPHS = {"chelsea": (110, 130), "coffee": (160, 330)}  # with the corner of the crop to zoom into
 ZOOM = 72
 EVALUATIONS = 12
@@ -25,58 +26,46 @@ EVALUATIONS = 12
 
 @dataclass
 class Run:
-    """One trained model with its terms on the unseen photographs in the course of training."""
+    """One trained model with its terms on the unseen photographs after so many steps of training."""
 
     name: str
     model: nn.Module
-    steps: list[int] = field(default_factory=list)
-    terms: list[dict[str, float]] = field(default_factory=list)
+    terms: dict[int, dict[str, float]] = field(default_factory=dict)
 
 
 def run_demo(out: Path, steps: int, seed: int, device: str) -> list[dict[str, object]]:
     """Train with L1 and with L1 + MGHFLoss from one seed, write table and pictures to `out`, return the table."""
     check_output(out)
     train = [photograph(name).to(device) for name in TRAINING_PHOTOGRAPHS]
-    unseen = {name: photograph(name).to(device) for name in UNSEEN_PHOTOGRAPHS}
+    unseen = [photograph(name).to(device) for name in UNSEEN_PHOTOGRAPHS]
     criterion = MGHFLoss().to(device)
-    runs = [
-        _train("L1", None, criterion, train, unseen, steps, seed, device),
-        _train(f"L1 + {MGHF_WEIGHT:g} MGHFLoss", criterion, criterion, train, unseen, steps, seed, device),
-    ]
-    images: dict[str, list[Tensor]] = {"bicubic": [upscale(downscale(gt)).clamp(0, 1) for gt in unseen.values()]}
-    for run in runs:
-        images[run.name] = [_apply(run.model, downscale(gt)) for gt in unseen.values()]
-    table = [_judge(name, srs, list(unseen.values()), criterion) for name, srs in images.items()]
+    runs = [_train(weight, criterion, train, unseen, steps, seed) for weight in (0.0, MGHF_WEIGHT)]
+    images = {"bicubic": [upscale(downscale(gt)).clamp(0, 1) for gt in unseen]}
+    images |= {run.name: _restore(run.model, unseen) for run in runs}
+    table = [_judge(name, srs, unseen, criterion) for name, srs in images.items()]
     write_table(out / "table.csv", table)
-    _plot_crops(out / "crops.png", images, list(unseen.values()))
+    _plot_crops(out / "crops.png", images, unseen)
     _plot_terms(out / "terms.png", runs)
     return table
 
 
-def _train(
-    name: str,
-    criterion: MGHFLoss | None,
-    judge: MGHFLoss,
-    train: list[Tensor],
-    unseen: dict[str, Tensor],
-    steps: int,
-    seed: int,
-    device: str,
-) -> Run:
+def _train(weight: float, criterion: MGHFLoss, train: list[Tensor], unseen: list[Tensor], steps: int, seed: int) -> Run:
+    """Train with L1 and, where `weight` is not 0, `weight` times `criterion`."""
     torch.manual_seed(seed)
-    run = Run(name, SmallSR().to(device))
+    device = unseen[0].device
+    run = Run(f"L1 + {weight:g} MGHFLoss" if weight else "L1", SmallSR().to(device))
     optimiser = torch.optim.Adam(run.model.parameters(), lr=1e-3)
     warm_up = 0.1 if steps > 10 else 0.3  # OneCycleLR divides by steps * warm_up - 1
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=1.5e-3, total_steps=steps, pct_start=warm_up)
     crops = torch.Generator().manual_seed(seed)
     patches = torch.Generator(device).manual_seed(seed)
-    progress = tqdm(range(steps), desc=name, unit="step")
+    progress = tqdm(range(steps), desc=run.name, unit="step")
     for step in progress:
         gt = torch.cat([random_crop(train, crops) for _ in range(8)])
         sr = run.model(downscale(gt))
         loss = F.l1_loss(sr, gt)
-        if criterion is not None:
-            loss = loss + MGHF_WEIGHT * criterion(sr, gt, generator=patches)
+        if weight:
+            loss = loss + weight * criterion(sr, gt, generator=patches)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         # The style term grows with the fourth power of the features: one crop must not throw Adam off.
@@ -84,16 +73,14 @@ def _train(
         optimiser.step()
         schedule.step()
         if step % max(1, steps // EVALUATIONS) == 0 or step + 1 == steps:
-            srs = [_apply(run.model, downscale(gt)) for gt in unseen.values()]
-            run.steps.append(step + 1)
-            run.terms.append(_terms(srs, list(unseen.values()), judge))
+            run.terms[step + 1] = _terms(_restore(run.model, unseen), unseen, criterion)
             progress.set_postfix(loss=f"{loss.item():.4f}")
     return run
 
 
 @torch.no_grad()
-def _apply(model: nn.Module, lr: Tensor) -> Tensor:
-    return model(lr).clamp(0, 1)
+def _restore(model: nn.Module, gts: list[Tensor]) -> list[Tensor]:
+    return [model(downscale(gt)).clamp(0, 1) for gt in gts]
 
 
 @torch.no_grad()
@@ -120,9 +107,6 @@ def _judge(name: str, srs: list[Tensor], gts: list[Tensor], judge: MGHFLoss) -> 
 
 def _plot_crops(path: Path, images: dict[str, list[Tensor]], gts: list[Tensor]) -> None:
     """One row a photograph: ground truth with the crop marked, then the crop in every version."""
-    from matplotlib import pyplot as plt
-    from matplotlib.patches import Rectangle
-
     columns = {**images, "ground truth": gts}
     figure, axes = plt.subplots(
         len(gts), len(columns) + 1, figsize=(3.2 * (len(columns) + 1), 3.2 * len(gts)), layout="constrained"
@@ -143,13 +127,11 @@ def _plot_crops(path: Path, images: dict[str, list[Tensor]], gts: list[Tensor]) 
 
 def _plot_terms(path: Path, runs: list[Run]) -> None:
     """Every term on the unseen photographs against training steps, one line a run."""
-    from matplotlib import pyplot as plt
-
-    names = list(runs[0].terms[0])
+    names = list(runs[0].terms[1])
     figure, axes = plt.subplots(1, len(names), figsize=(3.4 * len(names), 3), layout="constrained")
     for axis, name in zip(axes, names, strict=True):
         for run in runs:
-            axis.plot(run.steps, [terms[name] for terms in run.terms], label=run.name)
+            axis.plot(list(run.terms), [terms[name] for terms in run.terms.values()], label=run.name)
         axis.set_title(name)
         axis.set_xlabel("training step")
     axes[0].set_ylabel("term on unseen photographs")

@@ -6,7 +6,7 @@ import difflib
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -93,15 +93,11 @@ class DinoJSDLoss(Criterion):
 class TokenEmbedding(nn.Module):
     """A timm ViT from (B, 3, H, W) in [0, 1], of any size, to the embeddings of its class or patch tokens (B, n, D)."""
 
-    mean: Tensor
-    std: Tensor
-
     def __init__(self, vit: nn.Module, tokens: Tokens) -> None:
         super().__init__()
         try:
             self.patch_size: tuple[int, int] = tuple(vit.patch_embed.patch_size)  # type: ignore[assignment]
-            config: dict[str, Any] = vit.pretrained_cfg  # type: ignore[assignment]
-            mean, std = config["mean"], config["std"]
+            normalisation = [vit.pretrained_cfg[name] for name in ("mean", "std")]  # type: ignore[index]
             prefix: int = vit.num_prefix_tokens  # type: ignore[assignment]
             has_class_token = vit.cls_token is not None
         except (AttributeError, KeyError, TypeError) as error:
@@ -114,16 +110,14 @@ class TokenEmbedding(nn.Module):
             )
         self.vit = vit
         self.tokens = slice(1) if tokens == "class" else slice(prefix, None)
-        parameter = next(vit.parameters())
-        for name, value in (("mean", mean), ("std", std)):
-            self.register_buffer(name, parameter.new_tensor(value).reshape(1, 3, 1, 1), persistent=False)
+        mean, std = next(vit.parameters()).new_tensor(normalisation).reshape(2, 1, 3, 1, 1)
+        self.mean, self.std = nn.Buffer(mean, persistent=False), nn.Buffer(std, persistent=False)
 
     def forward(self, image: Tensor) -> Tensor:
         """Resize to the nearest multiple of the patch size, normalise, and embed."""
-        size = [
-            max(1, round(side / patch)) * patch for side, patch in zip(image.shape[-2:], self.patch_size, strict=True)
-        ]
-        if size != list(image.shape[-2:]):
+        sides = image.shape[-2:]
+        size = [max(1, round(side / patch)) * patch for side, patch in zip(sides, self.patch_size, strict=True)]
+        if size != list(sides):
             image = F.interpolate(image, size, mode="bicubic", antialias=True, align_corners=False)
         return self.vit.forward_features((image - self.mean) / self.std)[:, self.tokens]  # type: ignore[operator]
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
-import torch.nn.functional as F
 from FrEIA.framework import SequenceINN
 from FrEIA.modules import HaarDownsampling
 from huggingface_hub import ModelHubMixin
@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from . import _checks, _files, checkpoints
 from .coupling import AffineCoupling, ChannelMixing
+from .ops.convolution import convolution
 
 Variant = Literal["pyramid", "packet"]
 Mixing = Literal["learned", "fixed"]
@@ -73,6 +74,18 @@ class Latent(NamedTuple):
     log_det_jac: Tensor | None
 
 
+class Conditioning(NamedTuple):
+    """What a ground truth contributes to GT-conditioned features; see `HighFrequencyINN.conditioning`.
+
+    Attributes:
+        features: detail features of GT by level, (B, C_l, h_l, w_l).
+        scales: by level and coupling, the scale s of the first n1 channels, (B, n1, h_l, w_l).
+    """
+
+    features: list[Tensor]
+    scales: list[list[Tensor]]
+
+
 class Level(nn.Module):
     """One Haar step, then mixing and coupling modules on the details: (B, C, h, w) -> details and low-pass.
 
@@ -113,7 +126,9 @@ class Level(nn.Module):
         return details, low, 0.0
 
     def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        bands = self.haar((x,), jac=False)[0][0].unflatten(1, (-1, 4))
+        # FrEIA's module, which on CUDA may run in tf32, as one convolution.
+        bands = convolution(x, self.haar.haar_weights, stride=2, groups=x.shape[1]) * self.haar.fac_fwd
+        bands = bands.unflatten(1, (-1, 4))
         return torch.cat((bands[:, 3:, 0], bands[:, :, 1:].flatten(1, 2)), dim=1), bands[:, :3, 0]
 
     def _first_step(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -130,6 +145,27 @@ class Level(nn.Module):
     # Nothing random is in there whose state would have to be kept.
     _checkpoint = staticmethod(partial(checkpoint, use_reentrant=False, preserve_rng_state=False))
 
+    def conditioning(self, x: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Return details and low-pass as `forward` does, and the scale of every coupling."""
+        details, low = self._split(x)
+        scales = []
+        for mixing, coupling in self._pairs():
+            details, log_scale = coupling.transform(mixing.transform(details), low * self.condition_scale)
+            scales.append(log_scale.exp())
+        return details, low, scales
+
+    def linear(self, x: Tensor, scales: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Map a difference of two inputs to that of their details and low-pass, with given scales and no shifts."""
+        details, low = self._split(x)
+        for (mixing, coupling), scale in zip(self._pairs(), scales, strict=True):
+            first, second = mixing.transform(details).split(coupling.split, dim=1)
+            details = torch.cat((first * scale, second), dim=1)
+        return details, low
+
+    def _pairs(self) -> list[tuple[ChannelMixing, AffineCoupling]]:
+        modules: Any = list(self.flow)
+        return list(zip(modules[::2], modules[1::2], strict=True))
+
     def inverse(self, details: Tensor, low: Tensor) -> Tensor:
         """Undo `forward`."""
         details, _ = self.flow(details, c=[low * self.condition_scale], rev=True, jac=False)
@@ -137,7 +173,8 @@ class Level(nn.Module):
         smooth, rest = details.split((channels - 3, 3 * channels), dim=1)
         smooth = torch.cat((low, smooth), dim=1)
         bands = torch.cat((smooth[:, :, None], rest.unflatten(1, (channels, 3))), dim=2)
-        return self.haar((bands.flatten(1, 2),), rev=True, jac=False)[0][0]
+        bands = bands.flatten(1, 2) * self.haar.fac_rev
+        return convolution(bands, self.haar.haar_weights, stride=2, groups=channels, transposed=True)
 
 
 class HighFrequencyINN(
@@ -187,16 +224,11 @@ class HighFrequencyINN(
         if log_det_jac and recompute:
             raise ValueError("recompute=True needs log_det_jac=False: log-determinants are not recomputed")
         _checks.image("image", image, least_size=self.stride)
-        x, features, log_dets = pad_to_multiple(image, self.stride), [], []
-        low = x
-        with torch.autocast(image.device.type, enabled=False):  # half precision would not invert
-            for level in self.levels:
-                details, low, log_det = level(x, log_det_jac, recompute)
-                features.append(details)
-                log_dets.append(log_det)
-                x = low if self.config.variant == "pyramid" else torch.cat((low, details), dim=1)
+        per_level = self._descend(image, lambda level, x, _: level(x, log_det_jac, recompute))
+        features = [details for details, _, _ in per_level]
+        log_dets = torch.stack([log_det for _, _, log_det in per_level], dim=1) if log_det_jac else None
         height, width = image.shape[-2:]
-        return Latent(features, low, (height, width), torch.stack(log_dets, dim=1) if log_det_jac else None)
+        return Latent(features, per_level[-1][1], (height, width), log_dets)
 
     def inverse(self, latent: Latent) -> Tensor:
         """Map a `Latent` back to the image (B, 3, H, W); for a packet only the last level's features count."""
@@ -218,6 +250,46 @@ class HighFrequencyINN(
         With `recompute`, the backward pass computes each coupling again instead of keeping what is inside it.
         """
         return self.forward(image, log_det_jac=False, recompute=recompute).features
+
+    def conditioning(self, gt: Tensor) -> Conditioning:
+        """Features of GT, (B, 3, H, W) in [-1, 1], and the scales with which `difference` compares an image with it."""
+        _checks.image("gt", gt, least_size=self.stride)
+        per_level = self._descend(gt, lambda level, x, _: level.conditioning(x))
+        return Conditioning([details for details, _, _ in per_level], [scales for _, _, scales in per_level])
+
+    def difference(self, difference: Tensor, scales: list[list[Tensor]]) -> list[Tensor]:
+        """Map sr - gt, (B, 3, H, W) in units of [-1, 1], to GT-conditioned feature differences, fine to coarse.
+
+        >>> inn = HighFrequencyINN.from_pretrained("bundled")
+        >>> sr, gt = torch.rand(2, 1, 3, 64, 64) * 2 - 1
+        >>> features, scales = inn.conditioning(gt)
+        >>> sr_features = [f + d for f, d in zip(features, inn.difference(sr - gt, scales))]
+
+        A coupling maps (z1, z2) to (s z1 + eta, z2 + phi), where s, eta and phi depend on z1, z2 and the low-pass
+        band. With those of GT for both images, shifts cancel in the difference of the two, and what is left is linear:
+
+            d <- W d;   d1 <- s_gt d1;   d2 <- d2        for each mixing W and coupling, from d = details of sr - gt
+
+        Every step is invertible (det W and s are not 0), so the differences and the low-pass band of sr - gt are all 0
+        only at sr = gt, and a sum of squares of the differences is a convex quadratic form in sr.
+
+        Reference: ours. Masking by the target alone is that of Watson, "DCT quantization matrices visually optimized
+        for individual images", 1993.
+        """
+        _checks.image("difference", difference, least_size=self.stride)
+        per_level = self._descend(difference, lambda level, x, depth: level.linear(x, scales[depth]))
+        return [details for details, _ in per_level]
+
+    def _descend(self, image: Tensor, step: Callable[[Level, Tensor, int], tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+        """Apply `step` -> (details, low-pass, ...) to every level, each of which gets what the one before leaves."""
+        x, per_level = pad_to_multiple(image, self.stride), []
+        with torch.autocast(image.device.type, enabled=False):  # half precision would not invert
+            for depth, level in enumerate(self.levels):
+                found = step(cast(Level, level), x, depth)
+                per_level.append(found)
+                details, low = found[:2]
+                x = low if self.config.variant == "pyramid" else torch.cat((low, details), dim=1)
+        return per_level
 
     @classmethod
     def from_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -289,6 +361,11 @@ class HighFrequencyINN(
 
 def pad_to_multiple(image: Tensor, multiple: int) -> Tensor:
     """Pad (B, C, H, W) by reflection at the bottom and right to H, W multiples of `multiple`."""
-    # Written without a negative dividend, which torch.compile cannot follow where sizes are symbolic.
-    bottom, right = ((multiple - size % multiple) % multiple for size in image.shape[-2:])
-    return F.pad(image, (0, right, 0, bottom), mode="reflect") if bottom or right else image
+    # Written without a negative dividend, which torch.compile cannot follow where sizes are symbolic. By slices: the
+    # gradient of F.pad's reflection adds in any order on CUDA.
+    for dim in (-2, -1):
+        size = image.shape[dim]
+        missing = (multiple - size % multiple) % multiple
+        if missing:
+            image = torch.cat((image, image.narrow(dim, size - 1 - missing, missing).flip(dim)), dim)
+    return image

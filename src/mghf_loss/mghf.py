@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from . import _checks, terms
+from . import _checks, _random, terms
 from ._gt_cache import GTCache
-from .criterion import Criterion, Memory, rescale
+from .criterion import Criterion, Memory, merged_coefficients, rescale
 from .dino import DEFAULT_MODEL, DinoJSDLoss
 from .frozen import Frozen
 from .ops import second_order_statistics
@@ -20,18 +22,151 @@ from .ops.statistics import Precision
 if TYPE_CHECKING:
     from .inn import HighFrequencyINN
 
-Preset = Literal["paper"]
-COEFFICIENTS: dict[Preset, dict[str, float]] = {
-    "paper": {"content": 5.0, "style": 600.0, "correlation": 1.0, "patch_nce": 0.008, "dino_jsd": 0.0},
+Preset = Literal["balanced", "sharp", "gan", "denoise", "paper"]
+Conditioning = Literal["gt", "own"]
+Shift = Literal["random", "average", "none"]
+Weighting = Literal["uniform", "entropy"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a preset stands for: options of `MGHFLoss` by name."""
+
+    coefficients: Mapping[str, float]
+    conditioning: Conditioning = "own"
+    shift: Shift = "random"
+    weighting: Weighting = "uniform"
+    prune: float = 0.0
+
+
+OFF = dict.fromkeys(("content", "style", "correlation", "texture", "patch_nce", "dino_jsd"), 0.0)
+PRESETS: dict[Preset, Settings] = {
+    "balanced": Settings(
+        OFF | {"content": 0.0625, "style": 60.0, "correlation": 0.5, "texture": 0.15}, conditioning="gt"
+    ),
+    "sharp": Settings(OFF | {"content": 0.05, "style": 150.0, "correlation": 0.2, "texture": 0.05}),
+    "gan": Settings(OFF | {"content": 0.0625, "correlation": 0.2, "texture": 0.1}, conditioning="gt"),
+    "denoise": Settings(OFF | {"content": 0.05}),
+    "paper": Settings(
+        OFF | {"content": 5.0, "style": 600.0, "correlation": 1.0, "patch_nce": 0.008},
+        shift="none",
+        weighting="entropy",
+        prune=0.25,
+    ),
 }
-PRUNE: dict[Preset, float] = {"paper": 0.25}
 
 
-class MGHFnLoss(Criterion):
+class GTLevel(NamedTuple):
+    """What one level of the comparison takes from GT.
+
+    Attributes:
+        features: (B, C, H, W).
+        channel_weights: (B, C), or None where all are 1.
+    """
+
+    features: Tensor
+    channel_weights: Tensor | None
+
+
+class GTPyramid(NamedTuple):
+    """What one shift of the comparison takes from GT: its levels, fine to coarse, and the scales of its couplings."""
+
+    levels: list[GTLevel]
+    scales: list[list[Tensor]] | None
+
+
+class FeatureCriterion(Criterion):
+    """What MGHF-n and MGHF-c share: features of shifted images, terms of every level, their mean."""
+
+    weighting: Weighting = "uniform"
+    prune: float = 0.0
+
+    def __init__(
+        self,
+        coefficients: Mapping[str, float],
+        inn: str | Path | HighFrequencyINN,
+        conditioning: Conditioning,
+        shift: Shift,
+        input_range: tuple[float, float],
+        reduction: terms.Reduction,
+        memory: Memory,
+        cache_gt: bool,
+        needs_inn: bool = True,
+    ) -> None:
+        super().__init__(coefficients, input_range, reduction)
+        self.conditioning: Conditioning = _checks.one_of("conditioning", conditioning, Conditioning)
+        self.shift: Shift = _checks.one_of("shift", shift, Shift)
+        self.memory: Memory = _checks.one_of("memory", memory, Memory)
+        self.gt_pyramids: GTCache[list[GTPyramid]] = GTCache(cache_gt)
+        self.inn = _load(inn) if needs_inn else None
+
+    @abstractmethod
+    def _level_terms(self, sr: Tensor, gt: GTLevel, seed: Tensor) -> dict[str, Tensor]:
+        """Terms of one level by name, per image (B,)."""
+
+    def _terms(self, sr: Tensor, gt: Tensor, generator: torch.Generator | None) -> dict[str, Tensor]:
+        inn = self.inn
+        if inn is None:
+            return {}
+        seed = _random.seed(rescale(inn.like(gt), self.input_range, (0.0, 255.0)), generator)
+        offsets = self._offsets(seed, inn.network.stride)
+
+        def pyramids(gt: Tensor) -> list[GTPyramid]:
+            gt = self._normalised(gt)
+            return [self._gt_pyramid(_shifted(gt, offset)) for offset in offsets]
+
+        settings = *inn.identity(), self.input_range, self.conditioning, self.shift, self.weighting, self.prune
+        of_generator = None if generator is None else generator.initial_seed()
+        gt_pyramids = self.gt_pyramids.get(gt, pyramids, *settings, of_generator)
+        sr = self._normalised(sr)
+        if self.conditioning == "gt":  # the features of SR are those of GT plus a linear function of the difference
+            sr = sr - self._normalised(gt.detach())
+        per_level = []
+        for offset, gt_pyramid in zip(offsets, gt_pyramids, strict=True):
+            sr_levels = self._sr_levels(_shifted(sr, offset), gt_pyramid)
+            per_level += [self._level_terms(s, g, seed) for s, g in zip(sr_levels, gt_pyramid.levels, strict=True)]
+        return {name: torch.stack([values[name] for values in per_level]).mean(0) for name in per_level[0]}
+
+    def _normalised(self, image: Tensor) -> Tensor:
+        """An image in the network's dtype, float32 at least, and range."""
+        assert self.inn is not None
+        return rescale(self.inn.like(image), self.input_range, (-1.0, 1.0))
+
+    def _offsets(self, seed: Tensor, stride: int) -> list[Tensor | None]:
+        """Shifts (B, 2) of the images, in pixels, over which terms are averaged."""
+        if self.shift == "none":
+            return [None]
+        if self.shift == "random":
+            return [_random.integers(seed, 2) % stride]
+        # A (0, m, 2)-net, Hammersley's: at every level, rows and columns meet every phase equally often.
+        bits = stride.bit_length() - 1
+        net = [(k, int(f"{k:0{bits}b}"[::-1], 2)) for k in range(stride)]
+        return [seed.new_tensor(point).expand(len(seed), 2) for point in net]
+
+    def _gt_pyramid(self, gt: Tensor) -> GTPyramid:
+        assert self.inn is not None
+        if self.conditioning == "gt":
+            features, scales = self.inn.network.conditioning(gt)
+        else:
+            features, scales = self.inn.network.features(gt), None
+        weigh = self.weighting == "entropy"
+        levels = [GTLevel(f, terms.entropy_channel_weights(f, self.prune) if weigh else None) for f in features]
+        return GTPyramid(levels, scales)
+
+    def _sr_levels(self, sr: Tensor, gt: GTPyramid) -> list[Tensor]:
+        """Features of SR by level; of sr - gt with GT conditioning."""
+        assert self.inn is not None
+        if gt.scales is None:
+            return self.inn.network.features(sr, recompute=self.memory == "low")
+        differences = self.inn.network.difference(sr, gt.scales)
+        return [level.features + difference for level, difference in zip(gt.levels, differences, strict=True)]
+
+
+class MGHFnLoss(FeatureCriterion):
     """Compare the high-frequency details of SR and GT by one squared error (MGHF-n).
 
-    sr, gt (B, 3, H, W), H and W at least 8 with the bundled network -> 0-d tensor in [0, inf), 0 iff all detail
-    features are equal. The low-pass band below the coarsest level is not compared: keep a pixel loss beside it.
+    sr, gt (B, 3, H, W), H and W at least 8 with the bundled network -> 0-d tensor in [0, inf), 0 iff all
+    details are equal. The low-pass band below the coarsest level is not compared: keep a pixel loss beside it.
 
     >>> sr, gt = torch.rand(2, 1, 3, 64, 64)
     >>> criterion = MGHFnLoss()
@@ -41,13 +176,18 @@ class MGHFnLoss(Criterion):
     Args:
         inn: `"bundled"`, `"org/name"` or `"org/name@revision"` on the Hub, a folder, a .safetensors file, or a
             `HighFrequencyINN`, which is taken over: frozen and set to eval mode.
+        conditioning: what the couplings of SR's features take their shift and scale from: `"gt"`, from GT, which
+            makes the loss a convex quadratic form in SR and needs no network on SR's side
+            (`HighFrequencyINN.difference`), or `"own"`, from SR, as in the paper.
+        shift: of the Haar grid, common to SR and GT: `"random"` follows from GT and the generator's seed,
+            `"average"` takes the mean over 2^levels shifts, for a value to report, `"none"` is the paper's.
         input_range: values of black and white; values outside are taken as they are, never clamped.
         reduction: `"mean"`, `"sum"` or `"none"` (per image).
         memory: `"low"` computes SR's features again in the backward pass instead of keeping what is inside each
             coupling: the same gradient with about a fifth of the memory from forward to backward pass, in about
-            1.5 times the time.
-        cache_gt: keep the features of the last GT between calls, for a step that compares several SR images with one
-            GT tensor. See `mghf_loss._gt_cache.GTCache` for when they are used and when not.
+            1.5 times the time. With `conditioning="gt"` there is nothing to keep.
+        cache_gt: keep what was computed from the last GT between calls, for a step that compares several SR images
+            with one GT tensor. See `mghf_loss._gt_cache.GTCache` for when it is used and when not.
 
     Raises:
         ValueError, TypeError: from the constructor or `forward`, naming what came and what was expected.
@@ -57,85 +197,86 @@ class MGHFnLoss(Criterion):
     whitened: an error of 1 is one standard deviation of what the coarse image leaves open, so texture masks errors and
     flat areas do not.
 
-    Reference: arXiv 2411.13548 (MGHF), naive variant. The paper sums over modules; the mean over levels is our
-    choice.
+    Reference: arXiv 2411.13548 (MGHF), naive variant. The paper sums over modules; the mean over levels, the shift and
+    GT conditioning are our choice.
     """
 
     def __init__(
         self,
         inn: str | Path | HighFrequencyINN = "bundled",
         *,
+        conditioning: Conditioning = "gt",
+        shift: Shift = "random",
         input_range: tuple[float, float] = (0.0, 1.0),
         reduction: terms.Reduction = "mean",
         memory: Memory = "normal",
         cache_gt: bool = False,
     ) -> None:
-        super().__init__({"content": 1.0}, input_range, reduction)
-        self.memory: Memory = _checks.one_of("memory", memory, Memory)
-        self.gt_features: GTCache[list[Tensor]] = GTCache(cache_gt)
-        self.inn = _load(inn)
+        super().__init__({"content": 1.0}, inn, conditioning, shift, input_range, reduction, memory, cache_gt)
 
-    def _terms(self, sr: Tensor, gt: Tensor, generator: torch.Generator | None) -> dict[str, Tensor]:
-        inn = self.inn
-        settings = *inn.identity(), self.input_range
-        gt_features = self.gt_features.get(gt, lambda gt: _features(inn, gt, self.input_range), *settings)
-        sr_features = _features(inn, sr, self.input_range, self.memory)
-        per_level = [terms.content(s, g, reduction="none") for s, g in zip(sr_features, gt_features, strict=True)]
-        return {"content": torch.stack(per_level).mean(0)}
+    def _level_terms(self, sr: Tensor, gt: GTLevel, seed: Tensor) -> dict[str, Tensor]:
+        return {"content": terms.content(sr, gt.features, reduction="none")}
 
 
-class MGHFLoss(Criterion):
+class MGHFLoss(FeatureCriterion):
     """Compare the high-frequency details, textures and structure of SR and GT by a weighted sum of terms (MGHF-c).
 
-    sr, gt (B, 3, H, W), H and W at least 8 with the bundled network -> 0-d tensor in [0, inf). The low-pass band below
-    the coarsest level is not compared: keep a pixel loss beside it.
+    sr, gt (B, 3, H, W), H and W at least 8 with the bundled network -> 0-d tensor in [0, inf), 0 at sr == gt where
+    PatchNCE is off. The low-pass band below the coarsest level is not compared: keep a pixel loss beside it.
 
     >>> sr, gt = torch.rand(2, 1, 3, 64, 64)
     >>> criterion = MGHFLoss(coefficients={"style": 300})
     >>> loss, terms = criterion(sr, gt, return_terms=True)
     >>> list(terms)
-    ['content', 'style', 'correlation', 'patch_nce']
+    ['content', 'style', 'correlation', 'texture']
 
     Args:
-        preset: `"paper"`, the composition of arXiv 2411.13548; a set of coefficients and of `prune`.
+        preset: a set of the options below, chosen by the studies of docs/evidence.md for use beside an L1 loss at
+            weight 1: `"balanced"` costs no PSNR; `"sharp"` gives up about 0.15 dB for sharper textures; `"gan"` stands
+            beside an adversarial loss; `"denoise"` is for inputs with noise; `"paper"` is the composition of
+            arXiv 2411.13548, at weight 0.05.
         coefficients: factor of each term, updating the preset's; a term with 0 is neither computed nor its
-            network loaded. The preset's balance the gradients at the start of training (see the README).
+            network loaded.
         inn: `"bundled"`, `"org/name"` or `"org/name@revision"` on the Hub, a folder, a .safetensors file, or a
             `HighFrequencyINN`, which is taken over: frozen and set to eval mode.
         dino: the DINO term's model; see `DinoJSDLoss`.
-        prune: fraction of channels, those of least entropy, that are dropped, in [0, 1); None for the preset's.
+        conditioning: see `MGHFnLoss`; None for the preset's, as for the next three.
+        shift: see `MGHFnLoss`.
+        weighting: of channels: `"uniform"`, or by the `"entropy"` of GT's.
+        prune: fraction of channels, those of least entropy, that are dropped, in [0, 1), with `weighting="entropy"`.
         patches: random locations of PatchNCE per level; None for all of them.
         modulation: of PatchNCE's negatives: `"hard"`, `"easy"` or `"plain"`.
         temperature: of PatchNCE's similarities.
         precision: of the terms' matrix products in the CUDA kernels: `"fast"` (tf32 and fp16 operands, float32 sums) or
             `"high"` (as accurate as float32). It does not concern the networks: they hold float32, and on CUDA their
             convolutions multiply in tf32 unless `torch.backends.cudnn.allow_tf32` is False.
-        input_range: values of black and white; values outside are taken as they are, never clamped.
+        input_range: see `MGHFnLoss`, as for the next three.
         reduction: `"mean"`, `"sum"` or `"none"` (per image).
-        memory: `"low"` computes SR's features again in the backward pass instead of keeping what is inside each
-            coupling: the same gradient with about a fifth of the memory from forward to backward pass, in about
-            1.5 times the time. The DINO term recomputes its blocks.
-        cache_gt: keep the features and channel weights of the last GT between calls, for a step that compares several
-            SR images with one GT tensor. See `mghf_loss._gt_cache.GTCache` for when they are used and when not.
+        memory: `"normal"` or `"low"`. The DINO term recomputes its blocks with `"low"`.
+        cache_gt: keep what was computed from the last GT.
 
     Raises:
         ValueError, TypeError: from the constructor or `forward`, naming what came and what was expected.
         CheckpointError: a network that the terms need cannot be had or is damaged.
 
-    The terms, each a mean over the network's levels, are `content` (MSE), `style` (Gram matrices),
-    `correlation` (1 - Pearson's r) and `patch_nce` (modulated PatchNCE) of `mghf_loss.terms`, on features
-    weighted by the entropy of the GT's channels; `dino_jsd` is `DinoJSDLoss`.
+    The terms, each a mean over the network's levels, are `content` (MSE), `style` (Gram matrices), `correlation`
+    (1 - Pearson's r), `texture` (local strength) and `patch_nce` (modulated PatchNCE) of `mghf_loss.terms`;
+    `dino_jsd` is `DinoJSDLoss`.
 
-    Reference: arXiv 2411.13548 (MGHF), comprehensive variant; terms cite their own sources.
+    Reference: arXiv 2411.13548 (MGHF), comprehensive variant; terms cite their own sources. All presets but "paper",
+    and the term `texture`, are ours.
     """
 
     def __init__(
         self,
-        preset: Preset = "paper",
+        preset: Preset = "balanced",
         *,
         coefficients: Mapping[str, float] | None = None,
         inn: str | Path | HighFrequencyINN = "bundled",
         dino: str | nn.Module = DEFAULT_MODEL,
+        conditioning: Conditioning | None = None,
+        shift: Shift | None = None,
+        weighting: Weighting | None = None,
         prune: float | None = None,
         patches: int | None = 256,
         modulation: terms.Modulation = "hard",
@@ -148,20 +289,29 @@ class MGHFLoss(Criterion):
     ) -> None:
         if isinstance(preset, Mapping):
             raise TypeError(f"preset must be a name, got a mapping; write MGHFLoss(coefficients={preset!r})")
-        _checks.one_of("preset", preset, Preset)
-        super().__init__(COEFFICIENTS[preset], input_range, reduction)
-        self._change_coefficients({} if coefficients is None else coefficients)
-        self.prune = PRUNE[preset] if prune is None else _checks.number("prune", prune, below=1)
+        settings = PRESETS[_checks.one_of("preset", preset, Preset)]
+        factors = merged_coefficients(settings.coefficients, {} if coefficients is None else coefficients)
+        active = {name for name, factor in factors.items() if factor}
+        super().__init__(
+            factors,
+            inn,
+            settings.conditioning if conditioning is None else conditioning,
+            settings.shift if shift is None else shift,
+            input_range,
+            reduction,
+            memory,
+            cache_gt,
+            needs_inn=bool(active - {"dino_jsd"}),
+        )
+        self.weighting = _checks.one_of("weighting", weighting or settings.weighting, Weighting)
+        self.prune = settings.prune if prune is None else _checks.number("prune", prune, below=1)
+        if prune and self.weighting == "uniform":
+            raise ValueError(f"prune needs weighting='entropy', got prune={prune!r} and weighting='uniform'")
         self.patches = None if patches is None else _checks.integer("patches", patches, least=2)
         self.modulation: terms.Modulation = _checks.one_of("modulation", modulation, terms.Modulation)
         self.temperature = _checks.number("temperature", temperature, above=True)
         self.precision: Precision = _checks.one_of("precision", precision, Precision)
-        self.memory: Memory = _checks.one_of("memory", memory, Memory)
-        self.gt_levels: GTCache[list[tuple[Tensor, Tensor]]] = GTCache(cache_gt)
-        active = {name for name, factor in self.coefficients.items() if factor}
-        self.inn = self.dino = None
-        if active - {"dino_jsd"}:
-            self.inn = _load(inn)
+        self.dino = None
         if "dino_jsd" in active:
             self.dino = DinoJSDLoss(dino, input_range=input_range, memory=memory, cache_gt=cache_gt)
 
@@ -169,44 +319,31 @@ class MGHFLoss(Criterion):
         return (self.dino if term == "dino_jsd" else self.inn) is not None
 
     def _terms(self, sr: Tensor, gt: Tensor, generator: torch.Generator | None) -> dict[str, Tensor]:
-        wanted = {name for name, factor in self._coefficients.items() if factor}
-        values: dict[str, Tensor] = {}
-        if self.inn is not None and wanted - {"dino_jsd"}:
-            inn = self.inn
-            settings = *inn.identity(), self.input_range, self.prune
-            gt_levels = self.gt_levels.get(gt, lambda gt: self._gt_levels(inn, gt), *settings)
-            sr_levels = _features(inn, sr, self.input_range, self.memory)
-            seed = _seed(sr, gt, self.input_range, generator) if "patch_nce" in wanted else None
-            levels = zip(sr_levels, gt_levels, strict=True)
-            per_level = [self._level_terms(sr, gt, weights, wanted, seed) for sr, (gt, weights) in levels]
-            values = {name: torch.stack([level[name] for level in per_level]).mean(0) for name in per_level[0]}
+        wanted = self._wanted()
+        values = super()._terms(sr, gt, generator) if wanted - {"dino_jsd"} else {}
         if self.dino is not None and "dino_jsd" in wanted:
             values |= self.dino._terms(sr, gt, generator)
         return values
 
-    def _gt_levels(self, inn: Frozen[HighFrequencyINN], gt: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Features (B, C, H, W) and channel weights (B, C) of every level of the GT."""
-        features = _features(inn, gt, self.input_range)
-        return [(level, terms.entropy_channel_weights(level, self.prune)) for level in features]
+    def _wanted(self) -> set[str]:
+        return {name for name, factor in self._coefficients.items() if factor}
 
-    def _level_terms(
-        self, sr: Tensor, gt: Tensor, weights: Tensor, wanted: set[str], seed: Tensor | None
-    ) -> dict[str, Tensor]:
-        """Terms of one level by name, per image (B,); all but PatchNCE share one pass over the features."""
-        values: dict[str, Tensor] = {}
+    def _level_terms(self, sr: Tensor, gt: GTLevel, seed: Tensor) -> dict[str, Tensor]:
+        """All but texture and PatchNCE share one pass over the features."""
+        (gt_level, weights), wanted, values = gt, self._wanted(), {}
         if wanted & {"content", "style", "correlation"}:
-            statistics = second_order_statistics(sr, gt, weights, gram="style" in wanted, precision=self.precision)
-            for name, term in (
-                ("content", terms.content),
-                ("style", terms.style),
-                ("correlation", terms.correlation),
-            ):
+            statistics = second_order_statistics(
+                sr, gt_level, weights, gram="style" in wanted, precision=self.precision
+            )
+            for name, term in (("content", terms.content), ("style", terms.style), ("correlation", terms.correlation)):
                 if name in wanted:
-                    values[name] = term(sr, gt, weights, reduction="none", statistics=statistics)
-        if seed is not None:
+                    values[name] = term(sr, gt_level, weights, reduction="none", statistics=statistics)
+        if "texture" in wanted:
+            values["texture"] = terms.texture(sr, gt_level, weights, reduction="none")
+        if "patch_nce" in wanted:
             values["patch_nce"] = terms.patch_nce(
                 sr,
-                gt,
+                gt_level,
                 weights,
                 locations=terms.random_locations(seed, sr.shape[2] * sr.shape[3], self.patches),
                 modulation=self.modulation,
@@ -225,20 +362,5 @@ def _load(inn: str | Path | HighFrequencyINN) -> Frozen[HighFrequencyINN]:
     return Frozen(inn if isinstance(inn, HighFrequencyINN) else HighFrequencyINN.from_pretrained(inn))
 
 
-def _features(
-    inn: Frozen[HighFrequencyINN], image: Tensor, input_range: tuple[float, float], memory: Memory = "normal"
-) -> list[Tensor]:
-    """Features of an image per level, in float32 at least."""
-    image = rescale(inn.like(image), input_range, (-1.0, 1.0))
-    return inn.network.features(image, recompute=memory == "low")
-
-
-def _seed(sr: Tensor, gt: Tensor, input_range: tuple[float, float], generator: torch.Generator | None) -> Tensor:
-    """One number for each pair, (B,) int64, that decides its random draws.
-
-    It is made of the images in steps of 1/255 and the generator's seed. So nothing random is kept anywhere: a loss
-    has one value for one pair, recomputation repeats it, and the program's own random numbers are left alone.
-    """
-    seed = 0 if generator is None else generator.initial_seed() % 2**62
-    sums = [rescale(image.detach(), input_range, (0.0, 255.0)).round().long().flatten(1).sum(1) for image in (sr, gt)]
-    return seed + sums[0] + 1_000_003 * sums[1]
+def _shifted(image: Tensor, offset: Tensor | None) -> Tensor:
+    return image if offset is None else _random.shift(image, offset)

@@ -5,24 +5,17 @@
 
     train_pipeline(root_path)  # python train.py -opt options.yml
 
-The pixel slot takes `MGHFLoss`, `MGHFnLoss` or `DinoJSDLoss`, with the options of the classes of that name and
-`loss_weight`; the perceptual slot takes `MGHFPerceptualLoss`, beside a pixel loss of BasicSR's:
-
-    model_type: MGHFSRModel           # SRModel and a value per term in the log; or MGHFSRGANModel
+    model_type: MGHFSRModel  # SRModel and a value per term in the log; or MGHFSRGANModel
     train:
-      pixel_opt:
-        type: L1Loss
-        loss_weight: 1.0
-      perceptual_opt:
-        type: MGHFPerceptualLoss
-        perceptual_weight: 0.05       # of every term but style
-        style_weight: 0.05            # of style
-        memory: low                   # and any other option of mghf_loss.MGHFLoss
-      grad_clip: 0.2                  # largest norm of the generator's gradient; the two models' own
+      pixel_opt: {type: L1Loss, loss_weight: 1.0}
+      perceptual_opt: {type: MGHFPerceptualLoss, perceptual_weight: 0.05, style_weight: 0.05, memory: low}
+      grad_clip: 0.2  # largest norm of the generator's gradient; the two models' own
 
-The factors are applied once, by the loss; BasicSR adds what it returns. Images are RGB in [0, 1], as BasicSR's data
-sets give them. The models log, beside BasicSR's own `l_pix` and `l_percep`, the unweighted terms as `l_pix_<term>` and
-`l_perceptual_<term>`, averaged over processes, to the text log and TensorBoard (`losses/...`).
+The pixel slot takes `MGHFLoss`, `MGHFnLoss` or `DinoJSDLoss`, with the options of the classes of that name and
+`loss_weight`; the perceptual slot takes `MGHFPerceptualLoss`, beside a pixel loss of BasicSR's. The factors are applied
+once, by the loss; BasicSR adds what it returns. Images are RGB in [0, 1], as BasicSR's data sets give them. The models
+log, beside BasicSR's own `l_pix` and `l_percep`, the unweighted terms as `l_pix_<term>` and `l_perceptual_<term>`,
+averaged over processes, to the text log and TensorBoard (`losses/...`).
 
 BasicSR 1.4.2, the last release, imports a module that torchvision has renamed since 0.17; importing this module first
 lets it start nevertheless.
@@ -71,7 +64,7 @@ class MGHFPerceptualLoss(TrainerLoss):
         weights = {name: _checks.number(name, value) for name, value in weights.items()}
         if not any(weights.values()):
             raise ValueError("perceptual_weight and style_weight are 0: there is nothing to compute")
-        unused = set() if weights["perceptual_weight"] else mghf.COEFFICIENTS["paper"].keys() - {"style"}
+        unused = set() if weights["perceptual_weight"] else mghf.OFF.keys() - {"style"}
         unused |= set() if weights["style_weight"] else {"style"}
         if unused:  # neither computed nor their networks loaded
             options["coefficients"] = {**(options.get("coefficients") or {}), **dict.fromkeys(unused, 0.0)}

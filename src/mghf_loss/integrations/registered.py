@@ -16,11 +16,7 @@ LOSSES: tuple[type[Criterion], ...] = (mghf.MGHFLoss, mghf.MGHFnLoss, dino.DinoJ
 
 
 class TrainerLoss(nn.Module):
-    """A loss of this package as a trainer's options describe it.
-
-    Args:
-        factors: names of the trainer's own options, for the message about unknown ones.
-        options: of `loss_class`.
+    """A loss of this package from a trainer's options: those of `loss_class`, beside the trainer's own `factors`.
 
     Attributes:
         criterion: the loss, a `loss_class`.
@@ -48,9 +44,8 @@ class TrainerLoss(nn.Module):
     def weighted_terms(self, sr: Tensor, gt: Tensor) -> dict[str, Tensor]:
         """Coefficient * term by name, 0-d, of `sr` against `gt`, (B, 3, H, W); gradient to `sr` only."""
         criterion = self.criterion
-        values = {
-            name: terms.reduce(value, criterion.reduction) for name, value in criterion.term_values(sr, gt).items()
-        }
+        per_image = criterion.term_values(sr, gt)
+        values = {name: terms.reduce(value, criterion.reduction) for name, value in per_image.items()}
         self.terms = {name: value.detach() for name, value in values.items()}
         return {name: criterion.coefficients[name] * value for name, value in values.items()}
 
@@ -71,11 +66,8 @@ class RegisteredLoss(TrainerLoss):
     def of(cls, loss_class: type[Criterion]) -> type[RegisteredLoss]:
         """Return this class for `loss_class`, named like it, as registries go by `__name__`."""
         name = loss_class.__name__
-        return type(
-            name,
-            (cls,),
-            {"loss_class": loss_class, "__module__": cls.__module__, "__qualname__": f"{cls.__name__}.of({name})"},
-        )
+        names = {"__module__": cls.__module__, "__qualname__": f"{cls.__name__}.of({name})"}
+        return type(name, (cls,), {"loss_class": loss_class, **names})
 
 
 class WeightedLoss(RegisteredLoss):

@@ -1,16 +1,13 @@
 """traiNNer-redux: importing this module registers `MGHFLoss`, `MGHFnLoss` and `DinoJSDLoss`.
 
-traiNNer-redux has no hook for packages: it imports every file of `traiNNer/losses/` whose name ends in `_loss.py`. So
-put this line into a file `traiNNer/losses/mghf_loss.py` of your clone:
+It is installed like `mghf_loss.integrations.neosr`, by a line in a file `traiNNer/losses/mghf_loss.py` of your clone:
 
     import mghf_loss.integrations.trainner_redux
 
-and add to the list of losses in the options:
+and a loss in the list of losses in the options, with any option of the class of that name:
 
     losses:
-      - type: mghfloss
-        loss_weight: 0.05
-        memory: low  # and any other option of mghf_loss.MGHFLoss
+      - {type: mghfloss, loss_weight: 0.05, memory: low}
 
 `loss_weight` is an attribute here and nothing more: the trainer multiplies by it. The losses return their terms by
 name, each with its coefficient, which the trainer adds and logs one by one (it leaves out terms that are 0 or NaN).

@@ -199,9 +199,11 @@ def _split_places(x: Tensor, tile: Tiles, gram: bool, processors: int) -> int:
 
 @triton.jit
 def _round_tf32(x):
-    # To nearest, ties away from zero. Tensor cores drop the low 13 bits. The minimum keeps the NaN that GPUs make,
-    # 0x7fffffff, from overflowing to -0; a comparison of x with itself would take registers to the point of spills.
-    bits = tl.minimum(x.to(tl.int32, bitcast=True), 0x7FFFEFFF)
+    # To nearest, ties away from zero. Tensor cores drop the low 13 bits. The minimum keeps a NaN of all ones, such as
+    # GPUs make, from overflowing into the sign, or as a negative one to 0; a comparison of x with itself would take
+    # registers to the point of spills.
+    bits = x.to(tl.int32, bitcast=True)
+    bits = tl.minimum(bits, (bits & -2147483648) | 0x7FFFEFFF)
     return ((bits + 0x1000) & -8192).to(tl.float32, bitcast=True)
 
 
@@ -353,19 +355,23 @@ def _add_gram_kernel(
     strips: tl.constexpr = BLOCK_C // ROWS
     slot = tl.program_id(0) // strips
     image = tl.program_id(1).to(tl.int64)
-    rows = (tl.program_id(0) % strips) * ROWS + tl.arange(0, ROWS)[:, None]
+    first = (tl.program_id(0) % strips) * ROWS
+    rows = first + tl.arange(0, ROWS)[:, None]
     columns = tl.arange(0, BLOCK_C)[None, :]
     off = slot >= BLOCKS
     block_i, block_j = _pair(tl.maximum(slot - BLOCKS, 0))
     block_i = tl.where(off, block_i, slot)
     block_j = tl.where(off, block_j, slot)
     total = tl.zeros((ROWS, BLOCK_C), tl.float32)
+    # The strip of the transposed block as it lies in memory: turned once, not in each step through shared memory.
+    transposed = tl.zeros((BLOCK_C, ROWS), tl.float32)
+    lines = tl.arange(0, BLOCK_C)[:, None] * BLOCK_C + first + tl.arange(0, ROWS)[None, :]
     for split in range(0, splits):
         part = part_ptr + ((image * splits + split) * slots + slot) * BLOCK_C * BLOCK_C
         total += tl.load(part + rows * BLOCK_C + columns)
         if slot < BLOCKS:
-            total += tl.load(part + columns * BLOCK_C + rows)
-    total *= scale
+            transposed += tl.load(part + lines)
+    total = (total + tl.trans(transposed)) * scale
     rows += block_i * BLOCK_C
     columns += block_j * BLOCK_C
     inside = (rows < channels) & (columns < channels)

@@ -17,9 +17,9 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -43,14 +43,10 @@ def slot_seed(purpose: str, seed: int, slot: int) -> int:
 
 @dataclass(frozen=True)
 class Cropping:
-    """How a crop is cut: `size` pixels a side, at a random scale, flipped at random.
+    """How a crop is cut: `size` pixels a side, at a random scale, flipped at random, with the random numbers of `seed`.
 
-    Args:
-        size: side of a crop in pixels.
-        least_scale: images are first reduced by a factor from [least_scale, 1], log-uniform, so that the 8 x 8
-            blocks and the ringing of compressed photographs do not become the statistics.
-        dead_leaves: fraction of crops that are synthetic dead-leaves images.
-        seed: of everything random.
+    Images are first reduced by a factor from [least_scale, 1], log-uniform, so that the 8 x 8 blocks and the ringing of
+    compressed photographs do not become the statistics. The fraction `dead_leaves` of the crops is synthetic.
     """
 
     size: int
@@ -64,13 +60,12 @@ class Cropping:
         _checks.number("dead_leaves", self.dead_leaves, most=1)
         _checks.integer("seed", self.seed, least=0, most=2**32 - 1)
 
-    def generator(self, slot: int) -> torch.Generator:
-        """The source of all that is random in a slot."""
-        return torch.Generator().manual_seed(slot_seed("crop", self.seed, slot))
-
-    def is_synthetic(self, generator: torch.Generator) -> bool:
-        """Draw whether this slot holds dead leaves."""
-        return bool(torch.rand((), generator=generator) < self.dead_leaves)
+    def crop(self, slot: int, draw: Callable[[torch.Generator], Tensor | None]) -> Tensor:
+        """Make the crop of a slot from the image that `draw` returns, or of dead leaves where it returns None."""
+        generator = torch.Generator().manual_seed(slot_seed("crop", self.seed, slot))
+        is_synthetic = torch.rand((), generator=generator) < self.dead_leaves
+        pixels = None if is_synthetic else draw(generator)
+        return dead_leaves(self.size, generator) if pixels is None else self.cut(pixels, generator)
 
     def cut(self, pixels: Tensor, generator: torch.Generator) -> Tensor:
         """Cut (3, size, size) in [-1, 1] with 8-bit values from (3, H, W) uint8 with H, W >= size."""
@@ -86,32 +81,11 @@ class Cropping:
         return patch.flip(-1) if torch.rand((), generator=generator) < 0.5 else patch
 
 
-class Source(Protocol):
-    """Where crops come from.
+class ImageFile(NamedTuple):
+    """A training image before it is decoded; the shorter of its sides is the first."""
 
-    `damaged` are the names of the images that could not be used, so far; `digest` tells one set of images from
-    another, as far as that is known without reading them.
-    """
-
-    damaged: set[str]
-    digest: str
-
-    def jobs(self, slots: Iterable[int], rank: int, processes: int, skip: int) -> Iterator[Callable[[], Tensor]]:
-        """Yield a function that makes the crop, for each of this process's slots; `skip` came before them."""
-        ...
-
-
-class ImageFile:
-    """One file as a training image: `read` decodes it, `name` and `sides` (the shorter one first) are known before."""
-
-    def __init__(self, path: Path) -> None:
-        self.name = str(path)
-        with open_image(path) as image:  # the header only
-            self.sides = sorted(image.size)  # not every header tells which way up the image is
-
-    def read(self) -> Tensor:
-        """Decode as (3, H, W), uint8."""
-        return read_pixels(self.name)
+    name: str
+    sides: list[int]
 
 
 class FolderCrops:
@@ -119,6 +93,10 @@ class FolderCrops:
 
     Unreadable files and images smaller than a crop are skipped with a warning that names them: those whose
     header tells at construction, the others when they are drawn, and another image is drawn instead.
+
+    Attributes:
+        damaged: names of the images that could not be used, so far.
+        digest: tells one set of images from another.
     """
 
     def __init__(self, paths: Iterable[Path], cropping: Cropping, cache_bytes: int = CACHE_BYTES) -> None:
@@ -129,14 +107,13 @@ class FolderCrops:
         self.files: list[ImageFile] = []
         for path in paths:
             try:
-                file = ImageFile(path)
+                with open_image(path) as image:  # the header only
+                    sides = sorted(image.size)  # not every header tells which way up the image is
+                _check_sides(sides, cropping.size)
             except OSError as error:
                 _skip(self.damaged, str(path), error)
-                continue
-            if file.sides[0] < cropping.size:
-                _skip(self.damaged, file.name, _too_small(file.sides, cropping.size))
-                continue
-            self.files.append(file)
+            else:
+                self.files.append(ImageFile(str(path), sides))
         if not self.files:
             raise ValueError(f"no training image is readable and at least {cropping.size} x {cropping.size}")
         areas = torch.tensor([float(short * long) for short, long in (file.sides for file in self.files)])
@@ -145,31 +122,31 @@ class FolderCrops:
         self.digest = hashlib.sha256(os.fsencode(listing)).hexdigest()[:16]
 
     def jobs(self, slots: Iterable[int], rank: int, processes: int, skip: int) -> Iterator[Callable[[], Tensor]]:
-        """See `Source`."""
+        """Yield a function that makes the crop, for each of this process's slots; `skip` came before them."""
         return (partial(self.crop, slot) for slot in slots)
 
     def crop(self, slot: int) -> Tensor:
         """Make the crop of a slot."""
-        generator = self.cropping.generator(slot)
-        if self.cropping.is_synthetic(generator):
-            return dead_leaves(self.cropping.size, generator)
-        file = None
+        return self.cropping.crop(slot, self._draw)
+
+    def _draw(self, generator: torch.Generator) -> Tensor:
+        index = 0
         for _ in range(TRIES):
             position = torch.rand((), generator=generator, dtype=torch.double) * self.ends[-1]
             index = min(int(torch.searchsorted(self.ends, position)), len(self.files) - 1)
-            file, pixels = self.files[index], self._read(index)
+            pixels = self._read(index)
             if pixels is not None:
-                return self.cropping.cut(pixels, generator)
-        raise ValueError(f"{TRIES} images drawn in a row could not be read, the last: {file and file.name}")
+                return pixels
+        raise ValueError(f"{TRIES} images drawn in a row could not be read, the last: {self.files[index].name}")
 
     def _read(self, index: int) -> Tensor | None:
-        file = self.files[index]
-        if index in self.cache or file.name in self.damaged:
+        name = self.files[index].name
+        if index in self.cache or name in self.damaged:
             return self.cache.get(index)
         try:
-            pixels = file.read()
+            pixels = read_pixels(name)
         except OSError as error:
-            _skip(self.damaged, file.name, error)
+            _skip(self.damaged, name, error)
             return None
         # Decoding dominates a step on a CPU; decoded images are kept as far as they fit.
         with self.lock:
@@ -185,11 +162,8 @@ class StreamedCrops:
     The n-th image of a process is the n-th of its share of the stream: resuming reads those consumed again, without
     decoding them. Where an image is damaged or smaller than a crop, dead leaves take its slot.
 
-    Args:
-        stream: `datasets.IterableDataset` whose image column is not decoded.
-        column: name of that column.
-        cropping: how crops are cut.
-        held_out: keys of examples (see `example_key`) that are not to be trained on.
+    `stream` is a `datasets.IterableDataset` whose images, in its column `column`, are not decoded. Images with a key of
+    `held_out` (see `example_key`) are not trained on.
     """
 
     def __init__(self, stream: Any, column: str, cropping: Cropping, held_out: frozenset[str] = frozenset()) -> None:
@@ -199,47 +173,42 @@ class StreamedCrops:
         self.failures = 0  # since the last good image
 
     def jobs(self, slots: Iterable[int], rank: int, processes: int, skip: int) -> Iterator[Callable[[], Tensor]]:
-        """See `Source`."""
+        """See `FolderCrops.jobs`."""
         examples = islice(self._examples(rank, processes), skip, None)
-        return (partial(self.crop, slot, example) for slot, example in zip(slots, examples, strict=False))
+        draws = (partial(self._read, example) for example in examples)
+        return (partial(self.cropping.crop, slot, draw) for slot, draw in zip(slots, draws, strict=False))
 
-    def crop(self, slot: int, example: dict[str, Any] | None) -> Tensor:
-        """Make the crop of a slot from an undecoded example."""
-        generator = self.cropping.generator(slot)
-        if self.cropping.is_synthetic(generator):
-            return dead_leaves(self.cropping.size, generator)
-        name = example_name(example)
+    def _read(self, example: dict[str, Any] | None, _: torch.Generator) -> Tensor | None:
         try:
             pixels = read_example(example)
-            if min(pixels.shape[-2:]) < self.cropping.size:
-                raise OSError(_too_small(sorted(pixels.shape[-2:]), self.cropping.size))
+            _check_sides(sorted(pixels.shape[-2:]), self.cropping.size)
         except OSError as error:
-            _skip(self.damaged, name, error)
+            _skip(self.damaged, example_name(example), error)
             self.failures += 1
             if self.failures >= TRIES:
-                raise ValueError(
-                    f"{TRIES} images of the stream in a row could not be used, the last: {error}"
-                ) from None
-            return dead_leaves(self.cropping.size, generator)
+                message = f"{TRIES} images of the stream in a row could not be used, the last: {error}"
+                raise ValueError(message) from None
+            return None
         self.failures = 0
-        return self.cropping.cut(pixels, generator)
+        return pixels
 
     def _examples(self, rank: int, processes: int) -> Iterator[dict[str, Any] | None]:
         from datasets.distributed import split_dataset_by_node
 
         stream = self.stream.shuffle(seed=self.cropping.seed, buffer_size=SHUFFLE_BUFFER)
         stream = split_dataset_by_node(stream, rank=rank, world_size=processes)
-        epoch = found = 0
-        while True:
+        for epoch in count():
             stream.set_epoch(epoch)
-            before = found
+            is_empty = True
             for example in stream:
                 if not self.held_out or example_key(example[self.column]) not in self.held_out:
-                    found += 1
+                    is_empty = False
                     yield example[self.column]
-            if found == before:
+            if is_empty:
                 raise ValueError("the stream holds no image to train on (those held out for validation do not count)")
-            epoch += 1
+
+
+Source = FolderCrops | StreamedCrops
 
 
 def list_images(folder: str | Path, except_below: Path | None = None) -> list[Path]:
@@ -268,10 +237,8 @@ def open_folder(
     paths = list_images(folder, except_below)
     if held_out and held_out >= len(paths):
         raise ValueError(f"cannot hold out {held_out} of {len(paths)} images below {folder}")
-    chosen = {i * len(paths) // held_out for i in range(held_out)}
-    training = [path for i, path in enumerate(paths) if i not in chosen]
-    source = FolderCrops(training, cropping)
-    return source, [path for i, path in enumerate(paths) if i in chosen]
+    chosen = [paths[i * len(paths) // held_out] for i in range(held_out)]
+    return FolderCrops(sorted(set(paths).difference(chosen)), cropping), chosen
 
 
 def open_dataset(
@@ -303,15 +270,15 @@ def read_example(example: dict[str, Any] | None) -> Tensor:
     """Decode an example `{"bytes": ..., "path": ...}` of a data set as (3, H, W), uint8, or raise `OSError`."""
     if example is None:
         raise OSError("the example holds no image")
-    if example.get("bytes") is not None:
-        return read_pixels(io.BytesIO(example["bytes"]), example_name(example))
-    import fsspec  # remote paths, archives; the datasets library brings it
+    data = example.get("bytes")
+    if data is None:
+        import fsspec  # remote paths, archives; the datasets library brings it
 
-    try:
-        with fsspec.open(example["path"], "rb") as file:
-            data = file.read()  # type: ignore[attr-defined]
-    except Exception as error:  # remote file systems raise what they like
-        raise OSError(f"cannot read image {example_name(example)}: {error}") from error
+        try:
+            with fsspec.open(example["path"], "rb") as file:
+                data = file.read()  # type: ignore[attr-defined]
+        except Exception as error:  # remote file systems raise what they like
+            raise OSError(f"cannot read image {example_name(example)}: {error}") from error
     return read_pixels(io.BytesIO(data), example_name(example))
 
 
@@ -326,6 +293,19 @@ def example_name(example: dict[str, Any] | None) -> str:
     return (example or {}).get("path") or f"without a path ({example_key(example)[:12]})"
 
 
+def read_or_skip(image: Path | dict[str, Any], least: int, damaged: set[str]) -> Tensor | None:
+    """Decode a file or an example as (3, H, W), uint8; None, with a warning, where it is damaged or below `least`."""
+    try:
+        pixels = read_pixels(image) if isinstance(image, Path) else read_example(image)
+        height, width = pixels.shape[-2:]
+        if min(height, width) < least:
+            raise OSError(f"{width} x {height} is smaller than {least} x {least}")
+    except OSError as error:
+        _skip(damaged, str(image) if isinstance(image, Path) else example_name(image), error)
+        return None
+    return pixels
+
+
 def read_held_out(held_out: Iterable[Path | dict[str, Any]], side: int, stride: int, damaged: set[str]) -> list[Tensor]:
     """Decode validation images, (3, h, w), uint8: the middle, at most `side` pixels, h and w multiples of `stride`.
 
@@ -333,13 +313,8 @@ def read_held_out(held_out: Iterable[Path | dict[str, Any]], side: int, stride: 
     """
     images = []
     for each in held_out:
-        name = str(each) if isinstance(each, Path) else example_name(each)
-        try:
-            pixels = read_pixels(each) if isinstance(each, Path) else read_example(each)
-            if min(pixels.shape[-2:]) < stride:
-                raise OSError(f"{pixels.shape[-1]} x {pixels.shape[-2]} is smaller than {stride} x {stride}")
-        except OSError as error:
-            _skip(damaged, name, error)
+        pixels = read_or_skip(each, stride, damaged)
+        if pixels is None:
             continue
         height, width = (min(length, side) // stride * stride for length in pixels.shape[-2:])
         top, left = (pixels.shape[-2] - height) // 2, (pixels.shape[-1] - width) // 2
@@ -362,24 +337,25 @@ def batches(
         yield torch.stack(list(islice(crops, local)))
 
 
-def _ahead(jobs: Iterator[Callable[[], Tensor]], threads: int, count: int) -> Iterator[Tensor]:
-    """Yield the jobs' results in order while the next `count` are under way."""
+def _ahead(jobs: Iterator[Callable[[], Tensor]], threads: int, ahead: int) -> Iterator[Tensor]:
+    """Yield the jobs' results in order while the next `ahead` are under way."""
     if threads < 1:
         yield from (job() for job in jobs)
         return
-    with ThreadPoolExecutor(threads) as pool:
-        try:
-            pending = deque(pool.submit(job) for job in islice(jobs, count))
-            while pending:
-                result = pending.popleft().result()
-                pending.extend(pool.submit(job) for job in islice(jobs, 1))
-                yield result
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+    pool = ThreadPoolExecutor(threads)
+    try:
+        pending = deque(pool.submit(job) for job in islice(jobs, ahead))
+        while pending:
+            result = pending.popleft().result()
+            pending.extend(pool.submit(job) for job in islice(jobs, 1))
+            yield result
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
-def _too_small(sides: list[int], crop: int) -> str:
-    return f"{sides[0]} x {sides[1]} is smaller than a crop of {crop}"
+def _check_sides(sides: list[int], crop: int) -> None:
+    if sides[0] < crop:
+        raise OSError(f"{sides[0]} x {sides[1]} is smaller than a crop of {crop}")
 
 
 def _skip(damaged: set[str], name: str, reason: object) -> None:

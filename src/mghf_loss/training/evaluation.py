@@ -4,28 +4,30 @@ from __future__ import annotations
 
 import io
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from .._files import check_output, read_image, read_pixels, write_atomically, write_table
 from ..inn import HighFrequencyINN
-from .data import list_images
+from .data import list_images, read_or_skip
 from .objective import add_noise, bits_per_detail, code_length
 
-Row = dict[str, object]
+Row = dict[str, Any]
 SHIFT = "shift by one pixel"
 LEVEL_NAMES = ("fine", "medium", "coarse")
-# How near to the asked mean squared error a distortion must come to be compared with the others.
-TOLERANCE = 0.1
+FEATURE_STATISTICS = ("std", "std_without_noise", "excess_kurtosis", "neighbour_correlation")
+TOLERANCE = 0.1  # how near to the asked mean squared error a distortion must come to be compared with the others
 RESPONSE_SIDE = 256  # responses are measured on the middle of a photograph
 
 
@@ -61,29 +63,24 @@ def evaluate(
       on the very same pixels, headers included. The network codes the details; its low-pass values are charged at
       8 + levels bits, their raw cost. One draw of dequantisation noise makes its figure an upper bound in the mean.
     - Inverse error: largest |inverse(forward(image)) - image| of the photographs in [-1, 1].
-    Photographs that cannot be read or have a side below 4 * 2^levels are skipped with a warning that names them.
-
     - Levels, with noise of the network's floor: standard deviation, excess kurtosis (0 if normal), correlation of
       neighbours (mean |r| over channels and both directions, 0 if white), code length, and share of all bits. The
       levels of a packet transform the finer ones again: only its last level, which codes all details, has a share.
     - Response: mean squared feature error (MGHF-n, the mean of the levels) of each distortion over that of white
       noise with equal pixel MSE, that of a shift by one pixel, on the middle 256 x 256. Photographs on which a
       distortion cannot reach that MSE within 10 % are left out and counted. A mean of ratios.
+
+    Photographs that cannot be read or have a side below 4 * 2^levels are skipped with a warning that names them.
     """
     levels, stride = network.config.levels, stride or network.stride
     coded: dict[tuple[str, float], list[float]] = {}
     statistics: list[Tensor] = []
     ratios: dict[str, list[Tensor]] = {name: [] for name in (*DISTORTIONS, SHIFT)}
     inverse_error = 0.0
-    skipped: list[str] = []
+    skipped: set[str] = set()
     for index, path in enumerate(tqdm(paths, desc="eval-inn", unit="image")):
-        try:
-            pixels = read_pixels(path)
-            if min(pixels.shape[-2:]) < 4 * stride:  # too few places for statistics
-                raise OSError(f"{pixels.shape[-1]} x {pixels.shape[-2]} is smaller than {4 * stride} x {4 * stride}")
-        except OSError as error:
-            warnings.warn(f"skipped image {path}: {error}", stacklevel=2)
-            skipped.append(str(path))
+        pixels = read_or_skip(path, 4 * stride, skipped)  # smaller ones have too few places for statistics
+        if pixels is None:
             continue
         height, width = (side // stride * stride for side in pixels.shape[-2:])
         pixels = pixels[None, :, :height, :width]
@@ -111,27 +108,26 @@ def evaluate(
     stacked = torch.stack(statistics)
     mean, count = stacked.nanmean(0), stacked[..., 1].sum(0)
     bits_of_level = (stacked[..., 0] * stacked[..., 1]).sum(0).tolist()
-    low_count = count[-1].item() * 3 / (3 * 4**levels - 3 if network.config.variant == "packet" else 9)
+    low_count = count[-1].item() / (4**levels - 1 if network.config.variant == "packet" else 3)
     low_bits = low_count * (8 + levels)
     if network.config.variant == "packet":
         bits_of_level = [math.nan] * (levels - 1) + bits_of_level[-1:]
     all_bits = float(np.nansum(bits_of_level)) + low_bits
-    names = ("std", "std_without_noise", "excess_kurtosis", "neighbour_correlation")
     rows: list[Row] = []
     for i in range(levels):
         row: Row = {"level": level_name(i, levels), "bits_per_value": mean[i, 0].item()}
         row["share_of_bits"] = _known(bits_of_level[i] / all_bits)
-        row.update(zip(names, map(_known, mean[i, 2:].tolist()), strict=True))
+        row.update(zip(FEATURE_STATISTICS, map(_known, mean[i, 2:].tolist()), strict=True))
         rows.append(row)
-    blank = dict.fromkeys(names)
-    rows.append({"level": "low-pass", "bits_per_value": 8.0 + levels, "share_of_bits": low_bits / all_bits, **blank})
+    low_pass: Row = {"level": "low-pass", "bits_per_value": 8.0 + levels, "share_of_bits": low_bits / all_bits}
+    rows.append(low_pass | dict.fromkeys(FEATURE_STATISTICS))
     responses: list[Row] = []
     for name, values in ratios.items():
         average = torch.stack(values).mean(0) if values else torch.full((levels + 1,), math.nan)
         row: Row = {"distortion": name, "photographs": len(values), "over_noise": _known(average[-1].item())}
         row.update({level_name(i, levels): _known(average[i].item()) for i in range(levels)})
         responses.append(row)
-    return Evaluation(coders, rows, responses, inverse_error, len(statistics), skipped)
+    return Evaluation(coders, rows, responses, inverse_error, len(statistics), sorted(skipped))
 
 
 def _known(value: float) -> float | None:
@@ -183,13 +179,11 @@ def _level_statistics(network: HighFrequencyINN, image: Tensor, generator: torch
         centred = noisy - noisy.mean((2, 3), keepdim=True)
         variance = centred.square().mean((2, 3))
         kurtosis = (centred.pow(4).mean((2, 3)) / variance.square() - 3).mean()
-        neighbours = [
-            ((centred[..., 1:, :] * centred[..., :-1, :]).mean((2, 3)) / variance).abs().mean(),
-            ((centred[..., 1:] * centred[..., :-1]).mean((2, 3)) / variance).abs().mean(),
-        ]
-        values = torch.tensor(float(noisy.numel()))
-        rows.append((bits[i], values, noisy.std(), clean.std(), kurtosis, sum(neighbours) / 2))
-    return torch.tensor([[float(value) for value in row] for row in rows])
+        products = [x[..., 1:] * x[..., :-1] for x in (centred.mT, centred)]
+        neighbours = torch.stack([(product.mean((2, 3)) / variance).abs().mean() for product in products]).mean()
+        row = (bits[i], noisy.numel(), noisy.std(), clean.std(), kurtosis, neighbours)
+        rows.append([float(value) for value in row])
+    return torch.tensor(rows)
 
 
 def _responses(network: HighFrequencyINN, image: Tensor, generator: torch.Generator, device: str) -> dict[str, Tensor]:
@@ -254,7 +248,6 @@ def _jpeg(image: Tensor, generator: torch.Generator) -> Callable[[float], Tensor
     def jpeg(strength: float) -> Tensor:
         buffer = io.BytesIO()
         pil.save(buffer, "jpeg", quality=round(100 - 99 * strength))
-        buffer.seek(0)
         return read_pixels(buffer)[None].float() / 255
 
     return jpeg
@@ -280,10 +273,8 @@ DISTORTIONS = {
 
 def plot_evaluation(path: Path, evaluation: Evaluation) -> None:
     """Draw code lengths, the features of each level and the responses."""
-    from matplotlib import pyplot as plt
-
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4), layout="constrained")
-    noises = sorted({float(str(row["noise"])) for row in evaluation.coders})
+    noises = sorted({row["noise"] for row in evaluation.coders})
     coders = list(dict.fromkeys(row["coder"] for row in evaluation.coders))
     for i, coder in enumerate(coders):
         values = {row["noise"]: _number(row["bits_per_value"]) for row in evaluation.coders if row["coder"] == coder}
@@ -321,11 +312,20 @@ def plot_evaluation(path: Path, evaluation: Evaluation) -> None:
     plt.close(figure)
 
 
+def _grouped_bars(axis: Axes, groups: list[str], series: dict[str, list[float]], legend_columns: int) -> None:
+    width = 0.8 / len(series)
+    for i, (label, heights) in enumerate(series.items()):
+        left = np.arange(len(groups)) - 0.4 + i * width
+        bars = axis.bar(left, heights, 0.95 * width, align="edge", label=label)
+        axis.bar_label(bars, fmt="%.2f", fontsize=7)
+    axis.set_xticks(range(len(groups)), groups)
+    axis.margins(y=0.25)
+    axis.legend(ncols=legend_columns, loc="upper center")
+
+
 @torch.no_grad()
 def plot_features(path: Path, network: HighFrequencyINN, image: Tensor) -> None:
     """Draw an image (1, 3, H, W) in [0, 1] and, per level, the RMS over channels and the first three channels."""
-    from matplotlib import pyplot as plt
-
     features = network.features(2 * image - 1)
     aspect = image.shape[-2] / image.shape[-1]
     figure, axes = plt.subplots(
@@ -399,7 +399,7 @@ def eval_inn(
 
     network = HighFrequencyINN.from_pretrained(inn).to(device)
     paths = list_images(folder, except_below=out)
-    picture = features_of and read_image(features_of)
+    picture = features_of and read_image(features_of)  # a missing picture or folder shows before the work
     check_output(out)
     evaluation = _evaluate_beside_bundled(inn, network, paths, noises, device)
     write_table(out / "coders.csv", evaluation.coders)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -13,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
+from PIL import Image
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from .. import _checks, _files
@@ -37,28 +39,16 @@ FREE = {"out", "save_every", "validation", "threads", "tensorboard"}
 class TrainConfig:
     """One training run: everything that, with the images, determines its result.
 
+    The fields are the options of `mghf-loss train-inn`, and its help says what they are. Beyond that:
+
     Args:
-        images: folder of training images, searched recursively; or None, and `dataset`.
-        out: folder for the network (EMA parameters), the state to resume from, sample pictures and logs.
-        dataset: name or path for `datasets.load_dataset`, for instance `"imagenet-1k"`.
-        dataset_config: name of its configuration, where it has several.
-        split: of the data set.
-        streaming: read the data set as it comes from the Hub instead of downloading it first.
-        validation: folder of images for the held-out code length.
-        held_out: images taken out of the training data for that, instead.
-        steps: optimiser steps.
-        batch: crops per step, over all processes.
-        crop: side of a crop in pixels, a multiple of 2^levels.
-        least_scale: images are reduced by a random factor from [least_scale, 1] before they are cropped.
-        dead_leaves: fraction of crops that are synthetic dead-leaves images.
+        images: or None, and `dataset`.
+        out: gets the network (EMA parameters), the state to resume from, sample pictures and logs.
+        crop: a multiple of 2^levels.
         learning_rate: peak of the cosine schedule, after a linear warm-up of 200 steps at most.
         ema: decay of the exponential moving average of the parameters, reached by (1 + n) / (10 + n) after n steps.
         precision: `"bf16"` runs the convolutions that condition the map in bfloat16; the map itself and the
             likelihood stay in float32. None takes what `accelerate launch` was told.
-        seed: of initialisation, crops and noise.
-        save_every: steps between checkpoints, each with an evaluation on the held-out images.
-        threads: decoding images ahead of the step, per process.
-        tensorboard: write TensorBoard logs to `out/logs`.
     """
 
     images: Path | None
@@ -117,12 +107,7 @@ def train_inn(config: TrainConfig, network_config: INNConfig, cpu: bool = False)
     if config.batch % accelerator.num_processes:
         raise ValueError(f"batch {config.batch} cannot be split over {accelerator.num_processes} processes")
     with ExitStack() as stack:
-
-        def claim() -> None:
-            _files.check_output(config.out)
-            stack.enter_context(_files.locked(config.out))
-
-        _everywhere(claim, accelerator)
+        _everywhere(lambda: stack.enter_context(_files.locked(config.out)), accelerator)
         return _train(config, network_config, accelerator)
 
 
@@ -132,14 +117,14 @@ def _train(config: TrainConfig, network_config: INNConfig, accelerator: Accelera
 
     torch.manual_seed(config.seed)
     network = HighFrequencyINN(network_config).to(accelerator.device)
-    average = AveragedModel(network, multi_avg_fn=_ema(config.ema))
+    average = AveragedModel(network, multi_avg_fn=partial(_average, config.ema))
     averaged: HighFrequencyINN = average.module  # type: ignore[assignment]
     if accelerator.mixed_precision == "bf16":
         for module in network.modules():
             if isinstance(module, Bottleneck):
                 module.training_dtype = torch.bfloat16
     optimiser = torch.optim.Adam([p for p in network.parameters() if p.requires_grad], lr=config.learning_rate)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, _warm_up_and_cosine(config.steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _learning_rate_factor(step, config.steps))
     state = {"network": network, "average": average, "optimiser": optimiser, "schedule": schedule}
     run = _identity(config, source, accelerator) | asdict(network_config)
     keys, start = {*state, "step", "run", "damaged"}, 0
@@ -157,14 +142,8 @@ def _train(config: TrainConfig, network_config: INNConfig, accelerator: Accelera
         import tensorboard  # noqa: F401  Accelerate would leave the logs out without a word
 
         accelerator.init_trackers("logs")
-    progress = tqdm(
-        range(start, config.steps),
-        initial=start,
-        total=config.steps,
-        desc="train-inn",
-        unit="step",
-        disable=not main,
-    )
+    steps = range(start, config.steps)
+    progress = tqdm(steps, "train-inn", initial=start, total=config.steps, unit="step", disable=not main)
     rank, processes = accelerator.process_index, accelerator.num_processes
     if main:
         resumed = f", resumed at step {start}" if start else ""
@@ -195,10 +174,7 @@ def _train(config: TrainConfig, network_config: INNConfig, accelerator: Accelera
                 snapshot |= {"step": step + 1, "run": run, "damaged": sorted(source.damaged.copy())}
                 # The network first: a kill in between repeats some steps, and no state is ahead of its network.
                 averaged.save_pretrained(config.out)
-                _files.write_atomically(
-                    config.out / STATE_FILE,
-                    lambda path, s=snapshot: torch.save(s, path),
-                )
+                _files.write_atomically(config.out / STATE_FILE, partial(torch.save, snapshot))
                 if held_out:
                     _evaluate(averaged, held_out, step + 1, config.out, accelerator)
             accelerator.wait_for_everyone()
@@ -230,38 +206,28 @@ def _open(config: TrainConfig, stride: int, main: bool) -> tuple[Source, list[Te
     return source, images
 
 
-def _ema(decay: float) -> Callable[[Any, Any, Tensor | int], None]:
-    @torch.no_grad()
-    def average(means: list[Tensor], values: list[Tensor], updates: Tensor | int) -> None:
-        # A young average forgets faster, or it would remember the initialisation for thousands of steps.
-        count = int(updates)
-        weight = 1 - min(decay, (1 + count) / (10 + count))
-        for mean, value in zip(means, values, strict=True):
-            mean.lerp_(value, weight)
-
-    return average
+def _average(decay: float, means: Any, values: Any, updates: Tensor | int) -> None:
+    # A young average forgets faster, or it would remember the initialisation for thousands of steps.
+    count = int(updates)
+    get_ema_multi_avg_fn(min(decay, (1 + count) / (10 + count)))(means, values, count)
 
 
-def _warm_up_and_cosine(steps: int) -> Callable[[int], float]:
+def _learning_rate_factor(step: int, steps: int) -> float:
+    """Linear warm-up, then cosine."""
     warm_up = min(200, steps // 10 + 1)
-
-    def factor(step: int) -> float:
-        if step < warm_up:
-            return (1 + (warm_up - 1) * step / warm_up) / warm_up
-        return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
-
-    return factor
+    if step < warm_up:
+        return (1 + (warm_up - 1) * step / warm_up) / warm_up
+    return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
 
 
 def _add_noise(batch: Tensor, noise_floor: float, seed: int, first_slot: int) -> Tensor:
     """Add noise that is a function of (seed, slot), like the crops."""
     generator = torch.Generator(batch.device)
-    return torch.stack(
-        [
-            add_noise(image, noise_floor, generator.manual_seed(slot_seed("noise", seed, slot)))
-            for slot, image in enumerate(batch, first_slot)
-        ]
-    )
+    noisy = []
+    for slot, image in enumerate(batch, first_slot):
+        generator.manual_seed(slot_seed("noise", seed, slot))
+        noisy.append(add_noise(image, noise_floor, generator))
+    return torch.stack(noisy)
 
 
 @torch.no_grad()
@@ -288,8 +254,6 @@ def _evaluate(network: HighFrequencyINN, images: list[Tensor], step: int, out: P
         {"held-out/bits": total} | {f"held-out/bits_level_{i}": bits for i, bits in enumerate(levels)}, step=step
     )
     sheet = (torch.cat(pictures, dim=2) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
-    from PIL import Image
-
     _files.write_atomically(out / SAMPLES_FILE, Image.fromarray(sheet).save)
     for tracker in accelerator.trackers:
         tracker.log_images({"held-out and sampled details": sheet[None]}, step=step, dataformats="NHWC")  # type: ignore[attr-defined]
