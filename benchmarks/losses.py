@@ -100,6 +100,8 @@ def entries(inn: str) -> dict[str, Peer]:
     return {
         "MGHFnLoss": Peer(OURS, partial(MGHFnLoss, inn=inn)),
         "MGHFLoss": Peer(OURS, partial(MGHFLoss, inn=inn)),
+        "MGHFLoss paper": Peer(OURS, partial(MGHFLoss, "paper", inn=inn)),
+        "MGHFLoss GT-conditioned": Peer(OURS, partial(MGHFLoss, inn=inn, conditioning="gt")),
         "MGHFnLoss low memory": Peer(OURS, partial(MGHFnLoss, inn=inn, memory="low")),
         "MGHFLoss low memory": Peer(OURS, partial(MGHFLoss, inn=inn, memory="low")),
         "MGHFLoss cached GT": Peer(OURS, partial(MGHFLoss, inn=inn, cache_gt=True)),  # one GT tensor in all rounds

@@ -5,32 +5,30 @@ The loss pages say what each picture shows. Seeded: two runs on one machine draw
 
 from __future__ import annotations
 
-import csv
 import math
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from focal_frequency_loss import FocalFrequencyLoss
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from PIL import Image
+from skimage.metrics import structural_similarity
 from torch import Tensor
 
-from mghf_loss import HighFrequencyINN, MGHFLoss
+from mghf_loss import HighFrequencyINN, MGHFLoss, MGHFnLoss
 from mghf_loss._files import write_atomically
-from mghf_loss.dino import jensen_shannon
-from mghf_loss.ops.nce import transport_potentials
-from mghf_loss.terms import channel_entropy, entropy_channel_weights
+from mghf_loss.metric import distance
 from mghf_loss.toy import downscale, photograph, upscale
 from mghf_loss.training.evaluation import DISTORTIONS, LEVEL_NAMES, at_mse
 
 DOCS = Path(__file__).parent
-COEFFICIENTS = DOCS.parent / "benchmarks" / "results" / "coefficients.csv"
+OURS, OTHER = "tab:red", "tab:gray"  # one strong colour everywhere
 
 
 def main() -> None:
@@ -38,7 +36,7 @@ def main() -> None:
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else DOCS / "figures"
     folder.mkdir(parents=True, exist_ok=True)
     gt = photograph("chelsea")[..., 60:252, 90:282]
-    for draw in (mghf_n, distortions, heatmap, channel_weights, patch_nce, dino_jsd, gradient_norms):
+    for draw in (equal_psnr, mghf_n, conditioning, shift, distortions, heatmap):
         torch.manual_seed(0)
         figure = draw(gt)
         write_atomically(folder / f"{draw.__name__.replace('_', '-')}.png", lambda path, f=figure: save(f, path))
@@ -99,41 +97,96 @@ def mghf_n(gt: Tensor) -> Figure:
     return figure
 
 
+def distorted(gt: Tensor) -> dict[str, Tensor]:
+    """Five distortions of equal pixel MSE, that of JPEG near 26 dB."""
+    make = {name: distort(gt, torch.Generator().manual_seed(0)) for name, distort in DISTORTIONS.items()}
+    jpeg = at_mse(make["JPEG"], gt, 10**-2.6)  # quality comes in steps, so the others follow
+    target = (jpeg - gt).square().mean().item()
+    images = {name: at_mse(distort, gt, target) for name, distort in make.items() if name != "JPEG"}
+    return {"brighter": images["brightness"], "less contrast": images["contrast"]} | {
+        "noise": images["white noise"],
+        "JPEG": jpeg,
+        "blur": images["blur"],
+    }
+
+
+def psnr(sr: Tensor, gt: Tensor) -> float:
+    """In dB."""
+    return -10 * math.log10((sr - gt).square().mean())
+
+
 @torch.no_grad()
-def distortions(gt: Tensor) -> Figure:
-    """Every term for distortions of equal pixel MSE, that of details moved by 6 pixels, over that of white noise."""
-    moved = moved_details(gt)
-    target = (moved - gt).square().mean().item()
-    generator = torch.Generator().manual_seed(0)
-    names = {"white noise": "white noise", "blur": "blur", "JPEG": "JPEG", "contrast": "lower contrast"}
-    images = {name: at_mse(DISTORTIONS[key](gt, generator), gt, target) for key, name in names.items()}
-    images["details moved"] = moved
-    psnr = {name: -10 * math.log10((image - gt).square().mean()) for name, image in images.items()}
-
-    criterion = MGHFLoss()
-    terms = {name: _terms(criterion, image, gt) for name, image in images.items()}
-    noise = terms["white noise"]
-    ratios = np.array([[row[term] / noise[term] for term in noise] for row in terms.values()])
-
-    figure = plt.figure(figsize=(10, 5.1), layout="constrained", dpi=110)
-    rows: Any = figure.subfigures(2, 1, height_ratios=(1, 1.45))
-    top, bottom = rows
-    for axis, (name, image) in zip(top.subplots(1, 6), {"GT": gt, **images}.items(), strict=True):
-        panel(axis, image, f"{name}\n{psnr[name]:.1f} dB" if name in psnr else name)
-    axis = bottom.subplots()
-    shown = axis.imshow(ratios, cmap="RdBu_r", norm=LogNorm(1 / 30, 30), aspect="auto")
-    for (row, column), ratio in np.ndenumerate(ratios):
-        dark = abs(math.log(ratio)) > 2 if ratio else True
-        axis.text(column, row, f"{ratio:.2g}", ha="center", va="center", color="white" if dark else "black")
-    axis.set_xticks(range(len(noise)), list(noise))
-    axis.set_yticks(range(len(terms)), list(terms))
-    bottom.colorbar(shown, ax=axis, label="term / that of white noise")
+def equal_psnr(gt: Tensor) -> Figure:
+    """Five distortions of equal PSNR with SSIM, focal frequency loss and MGHFLoss."""
+    loss, focal = MGHFLoss(shift="average"), FocalFrequencyLoss()
+    gt_pixels = gt[0].permute(1, 2, 0).numpy()
+    figure, axes = panels(2, 3, width=7, title=0.75)
+    images = distorted(gt)
+    figure.suptitle(f"Five errors of equal PSNR ({psnr(images['JPEG'], gt):.1f} dB)", fontsize=12)
+    panel(axes[0, 0], gt, "ground truth\n\n")
+    for axis, (name, image) in zip(axes.flat[1:], images.items(), strict=True):
+        ssim = structural_similarity(gt_pixels, image[0].permute(1, 2, 0).numpy(), data_range=1, channel_axis=2)
+        panel(axis, image, f"{name}\nSSIM {ssim:.2f},  FFL {focal(image, gt).item():.4f}\n")
+        text = f"MGHFLoss {loss(image, gt).item():.2f}"
+        axis.text(0.5, 1.02, text, transform=axis.transAxes, ha="center", color=OURS, weight="bold")
     return figure
 
 
-def _terms(criterion: MGHFLoss, sr: Tensor, gt: Tensor) -> Mapping[str, float]:
-    _, terms = criterion(sr, gt, return_terms=True)
-    return {name: value.item() for name, value in terms.items()}
+@torch.no_grad()
+def conditioning(gt: Tensor) -> Figure:
+    """Content of noise over its variance: own conditioning hides strong noise, GT conditioning does not."""
+    levels = [2, 4, 8, 12, 16, 25, 35, 50]
+    figure, axis = plt.subplots(figsize=(6, 3), layout="constrained", dpi=110)
+    noise = torch.randn(gt.shape)
+    own, of_gt = MGHFnLoss(conditioning="own", shift="none"), MGHFnLoss(conditioning="gt", shift="none")
+    for criterion, label, colour in ((own, "from SR itself", OTHER), (of_gt, "from GT", OURS)):
+        values = [criterion(gt + level / 255 * noise, gt).item() / level**2 for level in levels]
+        ratios = [value / values[0] for value in values]
+        axis.plot(levels, ratios, "o-", color=colour)
+        axis.annotate(label, (levels[-2], ratios[-2]), xytext=(6, 6), textcoords="offset points", color=colour)
+    axis.set_xlabel("standard deviation of noise, in 1/255")
+    axis.set_ylabel("content / variance of noise\n(1 at the left)")
+    axis.set_ylim(0, 1.15)
+    return figure
+
+
+@torch.no_grad()
+def shift(gt: Tensor) -> Figure:
+    """Content of an image of 4 x 4 blocks against the phase of the Haar grid."""
+    blocks = torch.nn.functional.interpolate(torch.nn.functional.avg_pool2d(gt, 4), scale_factor=4)
+    fixed, average = (MGHFnLoss(shift=name) for name in ("none", "average"))
+    values = [fixed(blocks.roll((s, s), (2, 3)), gt.roll((s, s), (2, 3))).item() for s in range(9)]
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(8, 3), layout="constrained", dpi=110, gridspec_kw={"width_ratios": (1, 1.6)}
+    )
+    panel(left, blocks[..., 40:104, 60:124], "SR with stairs of 4 pixels")
+    right.plot(range(9), values, "o-", color=OTHER)
+    mean = average(blocks, gt).item()
+    right.annotate('shift="none"', (2, values[2]), xytext=(0, 6), textcoords="offset points", ha="center", color=OTHER)
+    right.axhline(mean, color=OURS)
+    right.annotate('shift="average"', (4, mean), xytext=(0, 5), textcoords="offset points", ha="center", color=OURS)
+    right.set_xlabel("both images moved by so many pixels")
+    right.set_ylabel("MGHFnLoss")
+    right.set_ylim(0, 1.2 * max(values))
+    return figure
+
+
+@torch.no_grad()
+def distortions(gt: Tensor) -> Figure:
+    """Every term for distortions of equal pixel MSE, over that of white noise."""
+    criterion = MGHFLoss(coefficients={"patch_nce": 0.008})
+    terms = {name: distance(criterion, image, gt)[1] for name, image in distorted(gt).items()}
+    noise = terms["noise"]
+    ratios = np.array([[(row[term] / noise[term]).item() for term in noise] for row in terms.values()])
+    ratios[ratios < 1e-6] = 0  # rounding
+    figure, axis = plt.subplots(figsize=(7, 2.6), layout="constrained", dpi=110)
+    axis.imshow(ratios.clip(1 / 30), cmap="RdBu_r", norm=LogNorm(1 / 30, 30, clip=True), aspect="auto")
+    for (row, column), ratio in np.ndenumerate(ratios):
+        dark = abs(math.log(max(ratio, 1e-9))) > 2
+        axis.text(column, row, f"{ratio:.2g}", ha="center", va="center", color="white" if dark else "black")
+    axis.set_xticks(range(len(noise)), list(noise))
+    axis.set_yticks(range(len(terms)), list(terms))
+    return figure
 
 
 def heatmap(gt: Tensor) -> Figure:
@@ -148,91 +201,6 @@ def heatmap(gt: Tensor) -> Figure:
     panel(axes[0], sr, "SR: noise | blur\nmoved | equal to GT")
     for axis, (name, heat) in zip(axes[1:], maps.items(), strict=True):
         panel(axis, heat[0], name, cmap="inferno", vmin=0, vmax=heat.quantile(0.99).item())
-    return figure
-
-
-def channel_weights(gt: Tensor) -> Figure:
-    """Entropy of each channel of GT's features, and the weight that it becomes."""
-    figure, axes = plt.subplots(1, 3, figsize=(10, 2.6), layout="constrained", dpi=110, sharey=True)
-    features = HighFrequencyINN.from_pretrained("bundled").features(2 * gt - 1)
-    for axis, level, name in zip(axes, features, LEVEL_NAMES, strict=True):
-        entropy, weights = channel_entropy(level)[0], entropy_channel_weights(level)[0]
-        channels = np.arange(len(entropy))
-        axis.bar(channels - 0.2, entropy, 0.4, label="entropy, nats", color="tab:gray")
-        axis.bar(channels + 0.2, weights.detach(), 0.4, label="weight", color="tab:orange")
-        axis.set_title(name, fontsize=10)
-        axis.set_xlabel("channel")
-        axis.set_xticks(channels)
-    axes[0].set_ylim(0, 4.6)
-    axes[0].legend(fontsize=8, loc="upper left", ncols=2)
-    return figure
-
-
-@torch.no_grad()
-def patch_nce(gt: Tensor) -> Figure:
-    """Similarity of one location of SR to all of GT on the medium level, and the weights of the negatives."""
-    network = HighFrequencyINN.from_pretrained("bundled")
-    sr = upscale(downscale(gt)).clamp(0, 1)
-    levels = [network.features(2 * image - 1)[1] for image in (sr, gt)]
-    weights = entropy_channel_weights(levels[1])[..., None]
-    height, width = levels[0].shape[-2:]
-    query, key = (torch.nn.functional.normalize(level.flatten(2) * weights, dim=1) for level in levels)
-    row, column = 17, 10  # the edge of an eye
-    location = row * width + column
-    similarity = query[0, :, location] @ key[0]
-    figure, axes = panels(1, 4, width=9)
-    panel(axes[0], sr, "SR and the location")
-    axes[0].plot(column * 4 + 2, row * 4 + 2, "o", markersize=9, fillstyle="none", color="yellow")
-    shown = panel(
-        axes[1], similarity.reshape(height, width), "similarity to GT's locations", cmap="RdBu", vmin=-1, vmax=1
-    )
-    figure.colorbar(shown, ax=axes[1], shrink=0.7)
-    for axis, (name, sign) in zip(axes[2:], {"hard": 1.0, "easy": -1.0}.items(), strict=True):
-        f, g = transport_potentials(query, key, sign, 50, 1e-4)
-        negatives = (len(similarity) - 1) * (f[0, location] + sign * similarity + g[0]).exp()
-        negatives[location] = 0  # the positive is no negative
-        shown = panel(axis, negatives.reshape(height, width), f'weights, "{name}"', cmap="inferno", vmin=0, vmax=2.5)
-        figure.colorbar(shown, ax=axis, shrink=0.7)
-    return figure
-
-
-def dino_jsd(gt: Tensor) -> Figure:
-    """What the divergence does to an embedding; random numbers in place of DINOv2's."""
-    del gt
-    embedding = torch.randn(384)
-    direction = torch.randn(384)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 2.8), layout="constrained", dpi=110)
-    channels = np.arange(24)
-    for name, shift, offset in (("p: softmax(e)", 0.0, -0.2), ("q: softmax(e + d)", 0.5, 0.2)):
-        left.bar(channels + offset, (embedding + shift * direction).softmax(0)[:24], 0.4, label=name)
-    left.set_xlabel("dimension (24 of 384)")
-    left.legend(fontsize=8)
-    distances = torch.linspace(0, 8, 81)
-    for temperature in (0.5, 1.0, 2.0):
-        moved = (embedding + distances[:, None] * direction) / temperature
-        right.plot(distances, jensen_shannon(moved, embedding / temperature), label=f"T = {temperature:g}")
-    right.axhline(math.log(2), color="black", linewidth=0.8, linestyle="--", label="ln 2")
-    right.set_xlabel("standard deviation of d, which is added to e")
-    right.set_ylabel("JSD, nats")
-    right.legend(fontsize=8)
-    return figure
-
-
-def gradient_norms(gt: Tensor) -> Figure:
-    """Gradient norm of coefficient times term at bicubic x4, from the benchmark's rows."""
-    del gt
-    with COEFFICIENTS.open() as file:
-        rows = list(csv.DictReader(file))
-    figure, axis = plt.subplots(figsize=(8, 2.4), layout="constrained", dpi=110)
-    for place, row in enumerate(rows):
-        low, median, high = (float(row["coefficient"]) * float(row[key]) for key in ("p10", "median", "p90"))
-        axis.plot([low, high], [place, place], linewidth=6, color="tab:orange", alpha=0.5)
-        axis.plot(median, place, "o", color="black")
-        axis.annotate(f"{median:.2g}", (median, place), xytext=(0, 6), textcoords="offset points", fontsize=8)
-    axis.set_yticks(range(len(rows)), [f"{float(row['coefficient']):g} x {row['term']}" for row in rows])
-    axis.set_ylim(len(rows) - 0.5, -0.8)
-    axis.set_xscale("log")
-    axis.set_xlabel("norm of the gradient with respect to SR: median and 10th to 90th percentile of the crops")
     return figure
 
 

@@ -1,4 +1,4 @@
-"""What MkDocs does beside its plugins: equations as MathML, the network's model card as a page, whole links."""
+"""What MkDocs does beside its plugins: equations as MathML, model card, table of presets, whole links."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
+from mghf_loss.mghf import OFF, PRESETS
+
 CARD = Path(__file__).parents[1] / "src" / "mghf_loss" / "weights" / "README.md"
 LINK = re.compile(r'(?:href|src)="(?!\w+:|//|#)([^"#?]+)')
 EQUATION = re.compile(r'<(?P<tag>span|div) class="arithmatex">\\[(\[](?P<latex>.*?)\\[)\]]</(?P=tag)>', re.DOTALL)
@@ -24,10 +26,26 @@ def on_files(files: Files, config: MkDocsConfig) -> None:
     files.append(File.generated(config, "network.md", content=card.replace("../../../docs/", "")))
 
 
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Write the presets as a table where a page has `<!-- presets -->`."""
+    return markdown.replace("<!-- presets -->", _presets())
+
+
+def _presets() -> str:
+    names = [name for name in OFF if any(settings.coefficients[name] for settings in PRESETS.values())]
+    rows = [["preset", *(f"`{name}`" for name in names), "conditioning", "shift", "channel weights"]]
+    rows.append(["---"] * len(rows[0]))
+    for preset, settings in PRESETS.items():
+        weighting = settings.weighting + (f", prune {settings.prune:g}" if settings.prune else "")
+        factors = [f"{settings.coefficients[name]:g}" for name in names]
+        rows.append([f"`{preset}`", *factors, settings.conditioning, settings.shift, weighting])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
 def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Replace equations by MathML when the site is built: the reader needs no script and no network for them.
 
-    MkDocs turns links to Markdown files into links to their pages, but not in a notebook.
+    MkDocs turns links to Markdown files into links to their pages, but not in a notebook, nor the README's whole links.
     """
 
     def to_page(link: re.Match[str]) -> str:
@@ -36,6 +54,7 @@ def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files
 
     if page.file.src_path.endswith(".ipynb"):
         content = re.sub(r'href="([\w./-]+\.md)"', to_page, content)
+    content = re.sub(rf'href="{config.repo_url}/blob/main/docs/([\w./-]+\.md)"', to_page, content)
     return EQUATION.sub(_mathml, content)
 
 

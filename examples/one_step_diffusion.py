@@ -1,6 +1,7 @@
-"""The loss for a one-step diffusion student, on the pattern of SinSR: on decoded images, through a frozen decoder.
+"""A one-step diffusion student as in SinSR: the loss compares decoded images, through a frozen decoder.
 
-    python examples/one_step_diffusion.py --steps 200
+    pip install ".[demo]"
+    python examples/one_step_diffusion.py --steps 2000 --images DIR
 
 A residual-shifting chain in a latent space ends at z_T = encode(up(LR)) + kappa n. The student takes z_T back to the
 latent of GT in one step. Its loss is the latent MSE plus MGHF on the decoded images: the gradient passes through the
@@ -15,17 +16,19 @@ Reference: Yue et al., ResShift, NeurIPS 2023; Wang et al., SinSR, CVPR 2024; th
 
 from __future__ import annotations
 
+import argparse
 import itertools
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from crops import RandomCrops, options
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 from mghf_loss import MGHFLoss
-from mghf_loss.toy import downscale, upscale
+from mghf_loss.toy import Crops, downscale, photograph, save_images, upscale
 
 CHANNELS = 8  # of the latent, at a quarter of the resolution
 KAPPA = 0.3
@@ -62,34 +65,51 @@ def train_autoencoder(batches: Iterable[Tensor], device: str) -> Autoencoder:
 
 def main() -> None:
     """Train the autoencoder, freeze it, train the student."""
-    parser = options("A one-step diffusion student with the loss on decoded images.", steps=50)
-    parser.add_argument("--autoencoder-steps", type=int, default=200, help="of the autoencoder, before")
-    parser.add_argument("--memory", choices=("normal", "low"), default="low", help="of the loss")
+    parser = argparse.ArgumentParser(description="Train a one-step diffusion student with the loss on decoded images.")
+    parser.add_argument("--images", type=Path, help="folder of photographs [scikit-image's]")
+    parser.add_argument("--steps", type=int, default=200, help="optimiser steps of the student")
+    parser.add_argument("--autoencoder-steps", type=int, default=200, help="optimiser steps of the autoencoder, before")
+    parser.add_argument("--batch", type=int, default=4, help="crops per step")
+    parser.add_argument("--memory", choices=("normal", "low"), default="low", help="memory of the loss")
+    parser.add_argument("--seed", type=int, default=0, help="seed of initialisation, crops and noise")
+    parser.add_argument("--out", type=Path, default=Path("one-step.png"), help="picture of an unseen photograph")
     arguments = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(arguments.seed)
 
-    def batches(steps: int, seed: int) -> DataLoader[Tensor]:
-        return DataLoader(RandomCrops(arguments.images, steps * arguments.batch, seed=seed), arguments.batch)
+    def batches(name: str, steps: int, seed: int) -> tqdm[Tensor]:
+        crops = Crops(arguments.images, steps * arguments.batch, seed=seed)
+        return tqdm(DataLoader(crops, arguments.batch), name, unit="step")
 
-    autoencoder = train_autoencoder(batches(arguments.autoencoder_steps, arguments.seed + 1), device)
+    autoencoder = train_autoencoder(batches("autoencoder", arguments.autoencoder_steps, arguments.seed + 1), device)
     student = nn.Sequential(*convolutions(2 * CHANNELS, 64, 64, CHANNELS)).to(device)
     criterion = MGHFLoss(input_range=(-1, 1), memory=arguments.memory).to(device)
-    places = torch.Generator(device).manual_seed(arguments.seed)
     optimiser = torch.optim.Adam(student.parameters(), lr=1e-3)
-    for step, batch in enumerate(batches(arguments.steps, arguments.seed)):
-        gt = 2 * batch.to(device) - 1
-        condition = autoencoder.encode(upscale(downscale(gt)))
+
+    def restore(lr: Tensor) -> Tensor:
+        """Return the latent of SR, one step back from T to 0; images are in [-1, 1]."""
+        condition = autoencoder.encode(upscale(lr))
         z_last = condition + KAPPA * torch.randn_like(condition)
-        z = z_last - student(torch.cat((z_last, condition), dim=1))  # one step back, from T to 0
+        return z_last - student(torch.cat((z_last, condition), dim=1))
+
+    progress = batches("student", arguments.steps, arguments.seed)
+    for step, batch in enumerate(progress):
+        gt = 2 * batch.to(device) - 1
+        z = restore(downscale(gt))
         latent = F.mse_loss(z, autoencoder.encode(gt))
-        mghf = criterion(autoencoder.decode(z), gt, generator=places)  # the gradient passes through the decoder
+        mghf = criterion(autoencoder.decode(z), gt)  # the gradient passes through the decoder
         optimiser.zero_grad(set_to_none=True)
-        (latent + 0.05 * mghf).backward()
+        (latent + mghf).backward()
         nn.utils.clip_grad_norm_(student.parameters(), 0.2)
         optimiser.step()
         if step % 10 == 0 or step + 1 == arguments.steps:
-            print(f"step {step}  latent {latent.item():.5f}  mghf {mghf.item():.5f}")
+            progress.write(f"step {step}  latent {latent.item():.5f}  mghf {mghf.item():.5f}")
+
+    gt = photograph("chelsea")[..., 80:208, 100:228].to(device)
+    lr = downscale(gt)
+    with torch.no_grad():
+        sr = (autoencoder.decode(restore(2 * lr - 1)) + 1) / 2
+    save_images(arguments.out, {"bicubic": upscale(lr), "SR": sr, "ground truth": gt})
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from skimage import data
 
+import mghf_loss
 from mghf_loss import MGHFLoss, __version__, cli, training
 
 
@@ -181,6 +182,7 @@ def bad_commands(folder: Path) -> dict[str, tuple[list[str], str]]:
     }
 
 
+MODULES_OF_EXTRAS = ("mghf_loss.training.", "mghf_loss.compare")  # which an earlier test may have imported
 BAD_COMMANDS = [
     "missing image",
     "no image",
@@ -304,11 +306,12 @@ def test_a_missing_extra_is_named(command, module, extra, pair, tmp_path, monkey
         "tensorboard": ["--images", str(tmp_path), "--tensorboard", *small],
         "eval-inn": [str(tmp_path), *out],
     }
-    for loaded in [name for name in sys.modules if name.startswith(("mghf_loss.training.", f"{module}."))]:
+    for loaded in [name for name in sys.modules if name.startswith((*MODULES_OF_EXTRAS, f"{module}."))]:
         monkeypatch.delitem(sys.modules, loaded)
     for name, value in list(vars(training).items()):
         if isinstance(value, ModuleType):  # or later tests would meet a second copy of it
             monkeypatch.delattr(training, name)
+    monkeypatch.delattr(mghf_loss, "compare", raising=False)
     monkeypatch.setitem(sys.modules, module, None)
     assert cli.main([command, *arguments.get(command, arguments.get(module, []))]) == 2
     assert f"it is in the extra {extra}: pip install '.[{extra}]'" in capsys.readouterr().err

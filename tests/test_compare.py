@@ -19,7 +19,7 @@ from mghf_loss import MGHFLoss, cli, compare
 from mghf_loss._files import read_image
 from mghf_loss.metric import distance, heatmap
 
-COLUMNS = ["psnr", "ssim", "content", "style", "correlation", "patch_nce", "total"]
+COLUMNS = ["psnr", "ssim", "content", "style", "correlation", "texture", "total"]
 
 
 def save_pair(folder: Path, name: str, top: int = 100, size: int = 48) -> tuple[Path, Path]:
@@ -61,6 +61,15 @@ def test_values_of_two_files_are_those_of_python(tmp_path, capsys):
     assert printed["style"][2:4] == ["↓", "lower"]
     shares = [float(printed[name][-1].rstrip("%")) for name in terms]
     assert sum(shares) == pytest.approx(100, abs=0.3)
+
+
+def test_the_average_over_shifts_is_that_of_python(tmp_path):
+    sr, gt = save_pair(tmp_path, "a.png", size=32)
+    assert run(sr, gt, "--json", tmp_path / "a.json", "--shift", "average", "--preset", "gan") == 0
+    written = json.loads((tmp_path / "a.json").read_text())
+    assert written["settings"]["shift"] == "average"
+    total, _ = distance(MGHFLoss("gan", shift="average"), read_image(sr), read_image(gt))
+    assert written["images"][0]["sr"]["total"] == total.item()
 
 
 def test_all_distances_of_equal_files_are_0(tmp_path, capsys):
@@ -170,7 +179,7 @@ def test_a_heat_map_shows_images_and_terms_at_their_size_on_one_scale(tmp_path, 
     for column, path in enumerate((sr_path, gt_path)):
         with Image.open(path) as image:
             assert np.abs(panel(0, column) - np.asarray(image)).max() <= 1
-    maps = heatmap(MGHFLoss(patches=None), read_image(sr_path), read_image(gt_path), tile=cli.HEAT_TILE)
+    maps = heatmap(MGHFLoss(), read_image(sr_path), read_image(gt_path), tile=512)
     high = np.quantile(maps["total"].numpy(), 0.99)
     for row, column, name in ((0, 3, "total"), (1, 0, "content"), (1, 2, "correlation")):
         expected = 255 * colormaps["inferno"]((maps[name][0].numpy() / high).clip(0, 1))[..., :3]

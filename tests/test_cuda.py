@@ -182,10 +182,8 @@ def mghfloss(precision: str, patches: int | None) -> tuple[Tensor, Tensor]:
     criterion = MGHFLoss("paper", inn=inn, patches=patches, precision=precision).to(DEVICE)
     gt = torch.rand(2, 3, 64, 80, device=DEVICE)
     sr = (gt + 0.1 * torch.randn_like(gt)).requires_grad_()
-    # The two paths differ in the operators alone: not in convolutions, which are tf32 by default.
-    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
-        loss = criterion(sr, gt, generator=torch.Generator(DEVICE).manual_seed(1))
-        return loss.detach(), torch.autograd.grad(loss, sr)[0]
+    loss = criterion(sr, gt, generator=torch.Generator(DEVICE).manual_seed(1))
+    return loss.detach(), torch.autograd.grad(loss, sr)[0]
 
 
 def test_both_paths_of_mghfloss_agree():
@@ -200,6 +198,75 @@ def test_both_paths_of_mghfloss_agree():
             error = relative(found, want.double())
             assert error <= bound, f"{precision}, {patches}: {error:.1e}"
     assert not cuda.failures, cuda.failures
+
+
+def network() -> HighFrequencyINN:
+    return HighFrequencyINN.from_pretrained().to(DEVICE).requires_grad_(False)
+
+
+def test_features_are_float32_whatever_cudnn_is_set_to():
+    inn, image = network(), torch.rand(2, 3, 67, 130, device=DEVICE) * 2 - 1
+    with torch.no_grad():
+        exact = network().double().features(image.double())
+        for allowed in (True, False):
+            with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=False, allow_tf32=allowed):
+                for level, want in zip(inn.features(image), exact, strict=True):
+                    assert relative(level, want) <= 2e-6, f"tf32 {allowed}: {relative(level, want):.1e}"
+    assert not cuda.failures, cuda.failures
+
+
+def test_gt_conditioned_differences_against_float64():
+    inn, exact = network(), network().double()
+    gt = torch.rand(2, 3, 64, 96, device=DEVICE) * 2 - 1
+    difference = (0.1 * torch.randn_like(gt)).requires_grad_()
+    wide = difference.detach().double().requires_grad_()
+    for level, want in zip(
+        inn.difference(difference, inn.conditioning(gt).scales),
+        exact.difference(wide, exact.conditioning(gt.double()).scales),
+        strict=True,
+    ):
+        upstream = torch.randn_like(level)
+        (gradient,) = torch.autograd.grad((level * upstream).sum(), difference, retain_graph=True)
+        (expected,) = torch.autograd.grad((want * upstream.double()).sum(), wide, retain_graph=True)
+        assert relative(level, want) <= 2e-6
+        assert relative(gradient, expected) <= 2e-6
+    assert not cuda.failures, cuda.failures
+
+
+def loss_and_images() -> tuple[MGHFLoss, Tensor, Tensor]:
+    torch.manual_seed(0)
+    criterion = MGHFLoss("paper", inn=HighFrequencyINN(INNConfig(hidden=8))).to(DEVICE)
+    gt = torch.rand(2, 3, 64, 80, device=DEVICE)
+    return criterion, (gt + 0.1 * torch.randn_like(gt)).requires_grad_(), gt
+
+
+def test_the_loss_is_deterministic():
+    criterion, sr, gt = loss_and_images()
+    torch.use_deterministic_algorithms(True)
+    try:
+        first, second = (torch.autograd.grad(criterion(sr, gt), sr)[0] for _ in range(2))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(first, second)
+
+
+def test_the_loss_in_a_cuda_graph_follows_its_inputs():
+    criterion, sr, gt = loss_and_images()
+    graphed = torch.cuda.make_graphed_callables(lambda sr, gt: criterion(sr, gt), (sr, gt))
+    for _ in range(2):
+        gt = torch.rand_like(gt)
+        sr = (gt + 0.1 * torch.randn_like(gt)).requires_grad_()
+        (found,) = torch.autograd.grad(graphed(sr, gt), sr)
+        (expected,) = torch.autograd.grad(criterion(sr, gt), sr)
+        torch.testing.assert_close(found, expected)
+
+
+def test_the_compiled_loss_has_the_same_gradient():
+    criterion, sr, gt = loss_and_images()
+    (expected,) = torch.autograd.grad(criterion(sr, gt), sr)
+    torch._dynamo.reset()
+    (found,) = torch.autograd.grad(torch.compile(criterion)(sr, gt), sr)
+    assert relative(found, expected.double()) <= 1e-4
 
 
 def test_too_many_channels_fall_back_with_a_warning():

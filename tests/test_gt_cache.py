@@ -22,7 +22,7 @@ LOSSES = ["MGHFnLoss", "MGHFLoss", "DinoJSDLoss"]
 def build(inn, tiny_dino):
     def build(name: str, cache_gt: bool = True, **options) -> nn.Module:
         if name == "MGHFnLoss":
-            return MGHFnLoss(inn, cache_gt=cache_gt, **options)
+            return MGHFnLoss(inn, cache_gt=cache_gt, **{"conditioning": "own", **options})
         if name == "DinoJSDLoss":
             return DinoJSDLoss(tiny_dino, cache_gt=cache_gt)
         # With own conditioning, SR and GT pass through one method of the network.

@@ -87,7 +87,7 @@ def test_values_are_those_of_a_loop_written_by_hand(example, tmp_path):
     for index, gt in enumerate(loader):
         with torch.autocast("cpu", torch.bfloat16):
             sr = hand(downscale(gt))
-            loss = F.l1_loss(sr, gt) + 0.05 * criterion(sr, gt)
+            loss = F.l1_loss(sr, gt) + criterion(sr, gt)
         (loss / 2).backward()
         if index % 2:
             optimiser.step()
@@ -103,7 +103,8 @@ def test_the_callback_writes_each_chosen_step_once(example, tmp_path):
     fit(example.SR(), loader, tmp_path, accumulate_grad_batches=2, callbacks=[MGHFLogger(every=2, images=1)])
     events = logged(tmp_path)
     assert [event.step for event in events.Scalars("mghf/train/term/content")] == [2, 4]  # of 4 steps in 8 batches
-    assert [event.step for event in events.Scalars("mghf/val/term/content")] == [4]
+    # Lightning's own step of what a module logs: that of the last batch, counted from 0.
+    assert [event.step for event in events.Scalars("mghf/val/term/content")] == [3]
     assert [event.step for event in events.Images("mghf/train/heatmap/total")] == [2, 4]
 
 
@@ -153,7 +154,7 @@ def test_any_logger_gets_each_term_once(example, tmp_path):
     assert [int(row["step"]) for row in train] == [2]
     (val,) = [row for row in rows if row["mghf/val/term/content"]]
     terms = {name.rsplit("/", 1)[1] for name in rows[0] if "/term/" in name}
-    assert terms == {"content", "style", "correlation", "patch_nce"}
+    assert terms == {"content", "style", "correlation", "texture"}
     for name in terms:
         assert [column for column in rows[0] if column.endswith(f"/{name}")] == [
             f"mghf/{stage}/term/{name}" for stage in ("train", "val") if f"mghf/{stage}/term/{name}" in rows[0]
@@ -273,7 +274,8 @@ def test_the_example_runs_with_bf16_and_accumulation(tmp_path):
     state = torch.load(checkpoint, weights_only=True)
     assert state["global_step"] == 2  # of two batches each
     assert all(key.startswith("model.") for key in state["state_dict"])
-    tags, terms = read(folder).Tags(), ["content", "style", "correlation", "patch_nce"]
+    tags = read(folder).Tags()
+    terms = [name for name, factor in MGHFLoss().coefficients.items() if factor]
     assert {"train/loss", "val/psnr"} <= set(tags["scalars"])
     assert not {f"train/{name}" for name in terms} & set(tags["scalars"])  # each term once
     for stage in ("train", "val"):

@@ -18,7 +18,7 @@ def by_hand(criterion: MGHFLoss, sr: torch.Tensor, gt: torch.Tensor) -> dict[str
 
 
 def test_one_tile_has_the_terms_of_the_loss_less_those_of_gt_itself(inn):
-    criterion = MGHFLoss(inn=inn)
+    criterion = MGHFLoss("paper", inn=inn)
     sr, gt = torch.rand(2, 2, 3, 40, 36)
     total, terms = distance(criterion, sr, gt)
     expected = by_hand(criterion, sr, gt)
@@ -34,7 +34,7 @@ def test_one_tile_has_the_terms_of_the_loss_less_those_of_gt_itself(inn):
 
 
 def test_tiles_are_weighted_by_their_areas(inn):
-    criterion = MGHFLoss(inn=inn, reduction="none")
+    criterion = MGHFLoss("paper", inn=inn, reduction="none")
     sr, gt = torch.rand(2, 2, 3, 16, 44)
     total, terms = distance(criterion, sr, gt, tile=32)
     left, right = (by_hand(criterion, sr[..., part], gt[..., part]) for part in (slice(0, 24), slice(24, 44)))
@@ -64,14 +64,14 @@ def test_equal_images_have_distance_0_and_others_more(name, inn, tiny_dino):
 
 
 def test_several_images_share_one_gt_and_no_random_number_is_drawn(inn):
-    criterion = MGHFLoss(inn=inn, patches=16, cache_gt=True)
+    criterion = MGHFLoss("paper", inn=inn, patches=16, cache_gt=True)
     first, second, gt = torch.rand(3, 1, 3, 32, 40)
     state, tiles = torch.get_rng_state(), []
     together = distances(criterion, [first, second], gt, tile=16, progress=lambda: tiles.append(1))
     assert torch.equal(torch.get_rng_state(), state)
     assert len(tiles) == len(tile_slices(32, 40, 16)) == 6
     for sr, (total, terms) in zip((first, second), together, strict=True):
-        alone, alone_terms = distance(MGHFLoss(inn=inn, patches=16), sr, gt, tile=16)
+        alone, alone_terms = distance(MGHFLoss("paper", inn=inn, patches=16), sr, gt, tile=16)
         assert torch.equal(total, alone)
         assert all(torch.equal(terms[name], value) for name, value in alone_terms.items())
 
@@ -100,7 +100,7 @@ def test_sizes_of_tiles_are_checked(tile, message, inn):
 
 
 def test_heat_maps_of_one_tile_are_those_of_the_loss_and_of_several_shares(inn):
-    criterion = MGHFLoss(inn=inn, patches=None)
+    criterion = MGHFLoss("paper", inn=inn, patches=None)
     sr, gt = torch.rand(2, 1, 3, 16, 32)
     for name, heat in heatmap(criterion, sr, gt).items():
         assert torch.equal(heat, criterion.heatmap(sr, gt)[name])

@@ -44,7 +44,7 @@ def test_it_runs_and_says_what_is_committed(tmp_path: Path, monkeypatch: pytest.
     expected = [float(number) for number in re.findall(r"[\d.]+(?:e-\d+)?", of_the_committed_loss)]
     assert numbers == pytest.approx(expected, rel=0.02)  # shares are rounded
     rows = [line.split("  ")[0] for line in printed(code_cells(fresh)[-2]).splitlines()]
-    assert rows == ["loss", "bicubic", "L1", "L1 + 0.05 MGHFLoss"]
+    assert rows == ["loss", "bicubic", "L1", "L1 + MGHFLoss"]
 
 
 def test_committed_outputs_are_whole_and_of_no_machine():

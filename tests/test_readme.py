@@ -40,10 +40,10 @@ LANGUAGES = {"python", "{.python}", "bash", "yaml", "toml", "bibtex"}
 NOT_RUN = {
     'pip install ".[demo]" && mghf-loss demo': "installs; .ci/run takes it from the README and runs it as it stands",
     'pip install -e ".[test]" && pytest': "installs, and is this suite; .ci/run takes it from the README too",
-    'pip install -e ".[bench]"': "installs the peers of the benchmarks",
     "pip install basicsr==1.4.2": "installs; the extra `test` has it",
     "pip install lightning tensorboard": "installs; the extra `test` has them",
-    "bash benchmarks/gpu.sh ": "measures on an NVIDIA GPU; it refuses to start without one",
+    "step = torch.cuda.make_graphed_callables(": "a CUDA graph; tests/test_cuda.py makes one where there is a GPU",
+    "python -m benchmarks.gpu ": "measures on an NVIDIA GPU; it refuses to start without one",
     "accelerate launch --multi_gpu --num_processes 8 ": "eight GPUs; tests/test_training.py launches two CPU processes",
     "# neosr/losses/mghf_loss.py": "a file of neosr, which is not on PyPI",
     "# traiNNer/losses/mghf_loss.py": "a file of traiNNer-redux, which is not on PyPI",
@@ -107,6 +107,19 @@ def commands(page: Path) -> list[str]:
     return [re.sub(r"\s+", " ", line).strip() for line in text.splitlines() if line.strip()]
 
 
+def test_the_readme_is_short_and_renders_anywhere():
+    text = (REPOSITORY / "README.md").read_text()
+    assert len(text.splitlines()) <= 120
+    assert len(text.split()) <= 800
+    assert len(text[: text.index("pip install")].split()) <= 60
+    assert len(text[: text.index("import ")].split()) <= 90
+    targets = re.findall(r"\]\(([^)]+)\)", text)
+    assert targets
+    assert all(target.startswith("https://") for target in targets)  # a package index knows no other files
+    for path in re.findall(r"https://[\w./-]+/mghf-loss/(?:blob/|tree/|)main/([\w./-]+)", text):
+        assert (REPOSITORY / path).exists(), path
+
+
 @pytest.mark.parametrize("page", PAGES, ids=page_name)
 def test_every_block_says_what_it_is(page: Path):
     assert {block.info for block in blocks(page)} <= LANGUAGES
@@ -124,10 +137,10 @@ def test_included_programs_are_examples_that_a_test_runs(page: Path):
     run_by_tests = examples_run_by_tests()
     for block in blocks(page):
         if block.info == "{.python}":
-            match = re.fullmatch(r'--8<-- "examples/(\w+)\.py"\n', block.content)
+            match = re.fullmatch(r'--8<-- "examples/([\w/]+)\.py"\n', block.content)
             assert match
             assert (REPOSITORY / "examples" / f"{match[1]}.py").is_file()
-            assert match[1] in run_by_tests
+            assert Path(match[1]).name in run_by_tests
 
 
 def examples_run_by_tests() -> set[str]:
@@ -191,7 +204,10 @@ def python_outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[
             hub.add("org/name", files, revision)
         hub.add(f"timm/{DEFAULT_MODEL}", {"model.safetensors": weights})
         with Client(requests, url=hub.url, home=tmp_path_factory.mktemp("home")) as client:
-            return {page_name(page): outcome for page, outcome in zip(folders, client.outcomes().values(), strict=True)}
+            return {
+                page_name(page): outcome
+                for page, outcome in zip(folders, client.outcomes(timeout=600).values(), strict=True)
+            }
 
 
 @pytest.mark.xdist_group("readme")  # shares the fixture

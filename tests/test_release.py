@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -121,8 +123,6 @@ def test_no_message_installs_from_an_index_before_there_is_a_release():
 
 @pytest.mark.process
 def test_the_source_distribution_holds_what_a_build_needs(tmp_path):
-    import subprocess
-    import sys
 
     command = [sys.executable, "-m", "hatchling", "build", "-t", "sdist", "-d", str(tmp_path)]
     subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True)

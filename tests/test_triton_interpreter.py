@@ -22,7 +22,7 @@ if find_spec("triton") is not None:
         pytestmark = pytest.mark.skip(reason="the interpreter of Triton 3.6 and older fails with NumPy 2.4")
 pytestmark = [pytest.mark.triton, pytest.mark.xdist_group("interpreter"), pytestmark]  # share the rows
 
-FAST = {"statistics": 3e-4, "patch_nce": 2e-3}
+FAST = {"statistics": 3e-4, "patch_nce": 2e-3, "coupling": 3e-4}
 HALF_UNIT = 2.0**-24  # the exact value rounded to float32 is off by this much
 
 
@@ -52,11 +52,11 @@ def errors(rows: list[dict], operator: str, precision: str) -> list[tuple[str, f
         if row["operator"] == operator and row["precision"] == precision
         for quantity, error in row["kernel"].items()
     ]
-    assert len(found) > 20
+    assert len(found) > 10
     return found
 
 
-@pytest.mark.parametrize("operator", FAST)
+@pytest.mark.parametrize("operator", [*FAST, "linear_level"])
 def test_high_errs_no_more_than_twice_the_float32_formula(operator, rows):
     for where, error, native in errors(rows, operator, "high"):
         assert error <= 2 * native + HALF_UNIT, f"{where}: {error:.1e}, formula {native:.1e}"
@@ -68,7 +68,7 @@ def test_fast_keeps_its_bound(operator, rows):
         assert error <= FAST[operator], f"{where}: {error:.1e}"
 
 
-@pytest.mark.parametrize("operator", FAST)
+@pytest.mark.parametrize("operator", ["statistics", "patch_nce"])
 def test_every_tile_of_both_architectures_keeps_the_bounds(operator, matrix):
     for where, error, _ in errors(matrix, operator, "fast"):
         few = 5 if "N=2," in where else 1  # so few values do not average rounding errors
@@ -114,6 +114,8 @@ def test_sinkhorn_stops_early_on_the_device(way, rows):
 
 @pytest.mark.parametrize(("precision", "bound"), [("high", 1e-5), ("fast", 2e-3)])
 def test_mghfloss_has_one_value_and_gradient_through_either_path(precision, bound, rows):
-    (row,) = (row for row in rows if row["operator"] == "MGHFLoss" and row["precision"] == precision)
-    assert row["kernel"]["loss"] <= bound
-    assert row["kernel"]["gradient"] <= bound
+    found = [row for row in rows if row["operator"] == "MGHFLoss" and row["precision"] == precision]
+    assert [row["case"] for row in found] == ["own", "gt"]
+    for row in found:
+        assert row["kernel"]["loss"] <= bound
+        assert row["kernel"]["gradient"] <= bound

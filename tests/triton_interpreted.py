@@ -11,13 +11,26 @@ from __future__ import annotations
 import json
 import sys
 from itertools import product
-from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 
 from mghf_loss import HighFrequencyINN, INNConfig, MGHFLoss
-from mghf_loss.ops import cuda, nce, nce_triton, statistics, statistics_triton
+from mghf_loss import coupling as coupling_module
+from mghf_loss import inn as inn_module
+from mghf_loss.coupling import Bottleneck
+from mghf_loss.ops import (
+    couplings,
+    couplings_triton,
+    cuda,
+    linear,
+    linear_triton,
+    nce,
+    nce_triton,
+    statistics,
+    statistics_triton,
+)
+from mghf_loss.ops.convolution import uses_operators
 from mghf_loss.ops.statistics_triton import backward_triton
 
 
@@ -130,12 +143,55 @@ def nan_case() -> None:
     print(json.dumps({"operator": "nan", "same": torch.equal(found, expected), "count": found.sum().item()}))
 
 
-def whole_loss_case(precision: str) -> None:
+def coupling_case(name: str, size: tuple[int, int], precision: str, hidden: int = 32) -> None:
+    torch.manual_seed(1)
+    phi, rho_eta = Bottleneck(8, hidden, 4), Bottleneck(7, hidden, 10)
+    for block in (phi, rho_eta):
+        torch.nn.init.normal_(block[-1].weight, std=0.3)
+    x, low, matrix = torch.randn(2, 9, *size), torch.rand(2, 3, *size), torch.randn(9, 9) / 3
+
+    def run(function, dtype: torch.dtype) -> dict[str, Tensor]:
+        blocks = [[parameter.detach().to(dtype) for parameter in block.parameters()] for block in (phi, rho_eta)]
+        found = function(x.to(dtype), low.to(dtype), matrix.to(dtype), *blocks, 2.0, precision)
+        return dict(zip(("z", "scale"), found, strict=True))
+
+    exact = run(couplings.coupling_formula, torch.double)
+    kernel, native = (
+        {key: relative(value, exact[key]) for key, value in run(function, torch.float32).items()}
+        for function in (couplings_triton.coupling_triton, couplings.coupling_formula)
+    )
+    report("coupling", name, precision, kernel, native)
+
+
+def linear_case(name: str, size: tuple[int, int], count: int) -> None:
+    """A level as a linear map, and its transpose."""
+    torch.manual_seed(1)
+    height, width = size
+    x, details, low = torch.randn(2, 3, 2 * height, 2 * width), torch.randn(2, 9, *size), torch.randn(2, 3, *size)
+    matrices, scales = torch.randn(count, 9, 9) / 3, torch.rand(count, 2, 5, *size) + 0.5
+
+    def run(forward, transpose, dtype: torch.dtype) -> list[Tensor]:
+        given = [list(tensors.to(dtype).unbind(0)) for tensors in (matrices, scales)]
+        return [*forward(x.to(dtype), *given), transpose(details.to(dtype), low.to(dtype), *given)]
+
+    formula = (linear.linear_level_formula, linear.transpose_formula)
+    exact = run(*formula, torch.double)
+    kernel, native = (
+        {key: relative(f, e) for key, f, e in zip(("details", "low", "transpose"), found, exact, strict=True)}
+        for found in (
+            run(linear_triton.linear_level_triton, linear_triton.transpose_triton, torch.float32),
+            run(*formula, torch.float32),
+        )
+    )
+    report("linear_level", name, "high", kernel, native)
+
+
+def whole_loss_case(precision: str, conditioning: str) -> None:
     """MGHFLoss by the kernels against MGHFLoss by the formula."""
     nce_triton.STORED_PLACES = 512
     torch.manual_seed(0)
     inn = HighFrequencyINN(INNConfig(hidden=8))
-    criterion = MGHFLoss("paper", inn=inn, patches=40, precision=precision)
+    criterion = MGHFLoss("paper", inn=inn, patches=40, precision=precision, conditioning=conditioning)
     gt = torch.rand(1, 3, 24, 24)
     sr = (gt + 0.2 * torch.randn_like(gt)).requires_grad_()
 
@@ -145,25 +201,19 @@ def whole_loss_case(precision: str) -> None:
         return loss.detach(), torch.autograd.grad(loss, sr)[0]
 
     expected = run()
-    kernels = SimpleNamespace(
-        patch_nce=nce_triton.patch_nce_triton,
-        statistics=statistics_triton.statistics_triton,
-        statistics_backward=backward_triton,
-    )
-    cuda._kernels, cuda.reason_against_kernels = lambda: kernels, lambda device: None
+    before, cuda.reason_against_kernels = cuda.reason_against_kernels, lambda device: None
+    inn_module.uses_operators = coupling_module.uses_operators = lambda x: True
     library = torch.library.Library("mghf_loss", "IMPL")
-    for name, kernel, formula in (
-        ("second_order_statistics", "statistics", statistics.statistics_formula),
-        ("second_order_statistics_backward", "statistics_backward", statistics.backward_formula),
-        ("patch_nce", "patch_nce", nce.patch_nce_formula),
-    ):
-        library.impl(name, cuda.with_fallback(name, kernel, formula), "CPU")
+    for name, _, formula in cuda.OPERATORS:
+        library.impl(name, cuda.with_fallback(name, name, formula), "CPU")
     found = run()
     library._destroy()
+    cuda.reason_against_kernels = before
+    inn_module.uses_operators = coupling_module.uses_operators = uses_operators
     assert not cuda.failures, cuda.failures
     assert not torch.equal(found[1], expected[1])  # it was the kernels
     errors = {key: relative(f, e.double()) for key, f, e in zip(("loss", "gradient"), found, expected, strict=True)}
-    report("MGHFLoss", "whole", precision, errors, {})
+    report("MGHFLoss", conditioning, precision, errors, {})
 
 
 def matrix() -> None:
@@ -227,11 +277,20 @@ def main() -> None:
         statistics_case(f"C=300, aligned, {where}", (1, 300, 4, 4), precision)
         patch_nce_case(f"plain C=189, {where}", (1, 189, 70), precision, modulation="plain", stored=False)
         patch_nce_case(f"C=189, {where}", (1, 189, 70), precision, iterations=2, stored=False)
+    for size in ((9, 21), (2, 19), (1, 7), (5, 70)):
+        for precision in ("fast", "high"):
+            coupling_case(f"{size}", size, precision)
+    for precision in ("fast", "high"):
+        coupling_case("7 hidden channels", (5, 6), precision, hidden=7)
+        coupling_case("48 hidden channels", (5, 6), precision, hidden=48)
+    for size, count in product(((5, 7), (8, 9), (11, 13)), (0, 2, 4)):
+        linear_case(f"{size}, {count} couplings", size, count)
     nan_case()
     early_stop_case(True)
     early_stop_case(False)
     for precision in ("fast", "high"):
-        whole_loss_case(precision)
+        for conditioning in ("own", "gt"):
+            whole_loss_case(precision, conditioning)
 
 
 if __name__ == "__main__":

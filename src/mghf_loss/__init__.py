@@ -1,7 +1,7 @@
 """MGHF: multi-granular high-frequency perceptual losses for super-resolution.
 
     criterion = MGHFLoss()
-    loss = F.l1_loss(sr, gt) + 0.05 * criterion(sr, gt)  # (B, 3, H, W) in [0, 1] -> 0-d tensor
+    loss = F.l1_loss(sr, gt) + criterion(sr, gt)  # (B, 3, H, W) in [0, 1] -> 0-d tensor
 
 Reference: arXiv 2411.13548. The public names are imported when they are first asked for: FrEIA, timm and
 huggingface_hub are heavy, and the command line has to be there before torch is.

@@ -91,9 +91,16 @@ def image(name: str, value: Any, least_size: int = 1) -> None:
         )
     shape = tuple(value.shape)
     if value.ndim != 4:
-        raise ValueError(f"{name} must have shape (B, 3, H, W), got {shape}")
+        remedy = {
+            3: f"; for one image use {name}[None]",
+            5: f"; for video (B, T, 3, H, W) flatten time into the batch, {name}.flatten(0, 1)",
+        }.get(value.ndim, "")
+        raise ValueError(f"{name} must have shape (B, 3, H, W), got {shape}{remedy}")
     if shape[1] != 3:
-        remedy = f"; for grey images use {name}.expand(-1, 3, -1, -1)" if shape[1] == 1 else ""
+        remedy = {
+            1: f"; for grey images use {name}.expand(-1, 3, -1, -1)",
+            4: f"; drop alpha with {name}[:, :3], or decode latents to images first",
+        }.get(shape[1], "")
         raise ValueError(f"{name} must have 3 channels (RGB), got {shape[1]} (shape {shape}){remedy}")
     if shape[0] < 1:
         raise ValueError(f"{name} must hold at least one image, got shape {shape}")
@@ -133,8 +140,8 @@ def mask(value: Any, sr: Tensor) -> None:
 FOREIGN = {
     "data_range": "use input_range=(black, white), for instance input_range=(0, 255)",
     "normalize": "use input_range=(0, 1) for images in [0, 1], input_range=(-1, 1) for images in [-1, 1]",
-    "loss_weight": "multiply the loss, 0.05 * criterion(sr, gt); only the losses of a trainer take loss_weight",
-    "weight": "multiply the loss, 0.05 * criterion(sr, gt), or pass a weight map as criterion(sr, gt, mask=...)",
+    "loss_weight": "multiply the loss, 0.5 * criterion(sr, gt); only the losses of a trainer take loss_weight",
+    "weight": "multiply the loss, 0.5 * criterion(sr, gt), or pass a weight map as criterion(sr, gt, mask=...)",
     "size_average": 'use reduction="mean" or "sum"',
 }
 

@@ -27,7 +27,7 @@ RATIOS: dict[Preset, dict[str, float]] = {
     "balanced": {"content": 1.94, "style": 2.64, "correlation": 25.5, "texture": 3.95},
     "sharp": {"content": 1.33, "style": 3.21, "correlation": 21.7, "texture": 1.53},
     "gan": {"content": 1.94, "correlation": 10.2, "texture": 2.64},
-    "denoise": {},
+    "denoise": {"content": 2.79},
     "paper": {"content": 204.0, "style": 42.1, "correlation": 171.0, "patch_nce": 48.7},
 }
 
@@ -87,7 +87,7 @@ def calibrate(
         task: how images are degraded, `"sr"` (bicubic x4) or `"denoise"` (25/255); None for the preset's.
 
     Raises:
-        ValueError: there are no images, or one is smaller than 32 pixels.
+        ValueError: there are no images, or one is smaller than 32 pixels or flat.
 
     coefficient = r / r_1, where r_1 is the norm of the gradient of the term over that of L1, the median over the
     images, and r the same of coefficient * term of the preset on photographs (`RATIOS`).
@@ -96,17 +96,14 @@ def calibrate(
     chosen: Task = _checks.one_of("task", default_task(preset) if task is None else task, Task)
     if not images:
         raise ValueError("images must hold at least one image, got none")
-    for image in images:
-        _checks.image("image", image, least_size=32)
+    for index, image in enumerate(images):
+        _checks.image(f"images[{index}]", image, least_size=32)
+        if image.std() < 1 / 255:
+            raise ValueError(f"images[{index}] must show something, got a standard deviation of {image.std():.2g}")
     generator = torch.Generator().manual_seed(0)
     gts = [_middle(image) for image in images]
     found = gradient_ratios(preset, [(degrade(gt, chosen, generator), gt) for gt in gts], inn)
-    # A term whose gradient vanishes on these images keeps its coefficient: no factor would give it weight.
-    preset_coefficients = PRESETS[preset].coefficients
-    return {
-        name: float(f"{RATIOS[preset][name] / ratio:.3g}") if ratio > 0 else preset_coefficients[name]
-        for name, ratio in found.items()
-    }
+    return {name: float(f"{RATIOS[preset][name] / ratio:.3g}") for name, ratio in found.items()}
 
 
 def default_task(preset: Preset) -> Task:

@@ -34,7 +34,7 @@ HTTP_REASONS = {
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint cannot be had, is damaged, or belongs to another network."""
+    """A checkpoint cannot be loaded, is damaged, or belongs to another network."""
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,12 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from FrEIA.modules import InvertibleModule
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .ops.convolution import convolution
+from .ops.convolution import convolution, uses_operators
+from .ops.couplings import MAX_DETAILS, MAX_HIDDEN, bottleneck, coupling, pad, pad_mode
 
 
 class Bottleneck(nn.Sequential):
@@ -44,23 +44,12 @@ class Bottleneck(nn.Sequential):
             return _FrozenBottleneck.apply(input, *parameters)[0]  # type: ignore[index]
         if self.training and self.training_dtype is not None:
             with torch.autocast(input.device.type, self.training_dtype):
-                return super().forward(_pad(input)).to(input.dtype)
-        return _bottleneck(_pad(input), *parameters)[0]
-
-
-def _pad_mode(input: Tensor) -> str:
-    """A map of one row or column has nothing to reflect."""
-    return "reflect" if min(input.shape[-2:]) > 1 else "replicate"
-
-
-def _pad(input: Tensor) -> Tensor:
-    # Reflection padding commutes with a 1x1 convolution and ReLU; padding the few input channels rather
-    # than the hidden ones saves a copy of the hidden map.
-    return F.pad(input, (1, 1, 1, 1), mode=_pad_mode(input))
+                return super().forward(pad(input)).to(input.dtype)
+        return bottleneck(pad(input), *parameters)[0]
 
 
 def _unpad(gradient: Tensor, mode: str) -> Tensor:
-    """Gradient of `_pad`, added in one order: torch's own adds in any order on CUDA, and is slower on a CPU."""
+    """Gradient of `pad`, added in one order: torch's own adds in any order on CUDA, and is slower on a CPU."""
     edge = int(mode == "reflect")
     gradient = gradient.clone()
     rows = gradient[..., 1:-1, :]
@@ -70,14 +59,6 @@ def _unpad(gradient: Tensor, mode: str) -> Tensor:
     columns[..., edge] += rows[..., 0]
     columns[..., -1 - edge] += rows[..., -1]
     return columns
-
-
-def _bottleneck(x: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """A bottleneck's output from its padded input, and its hidden maps."""
-    w1, b1, w2, b2, w3, b3 = parameters
-    first = convolution(x, w1, b1).relu_()
-    second = convolution(first, w2, b2, groups=w2.shape[0]).relu_()
-    return convolution(second, w3, b3), first, second
 
 
 class _FrozenBottleneck(torch.autograd.Function):
@@ -91,7 +72,7 @@ class _FrozenBottleneck(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, *parameters: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        output, first, second = _bottleneck(_pad(x), *parameters)
+        output, first, second = bottleneck(pad(x), *parameters)
         # ReLU leaves no negative values; bool() is several times as fast as > 0. A product with uint8 is vectorised on
         # a CPU, with bool it is not.
         return output, first.bool().view(torch.uint8), second.bool().view(torch.uint8)
@@ -100,7 +81,7 @@ class _FrozenBottleneck(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.set_materialize_grads(False)  # no zeros for the masks
         ctx.mark_non_differentiable(*output[1:])
-        ctx.pad_mode = _pad_mode(inputs[0])
+        ctx.pad_mode = pad_mode(inputs[0])
         ctx.save_for_backward(*output[1:], *inputs[1::2])
 
     @staticmethod
@@ -219,3 +200,16 @@ class AffineCoupling(InvertibleModule):
     def output_dims(self, input_dims: list[Any]) -> list[Any]:
         """Unchanged."""
         return input_dims
+
+
+def fused_coupling(
+    mixing: ChannelMixing, affine: AffineCoupling, x: Tensor, low: Tensor
+) -> tuple[Tensor, Tensor] | None:
+    """What becomes of the details x, and the scale s, by one operator where it pays: on CUDA, without gradient."""
+    parameters = (mixing.matrix, *affine.parameters())
+    differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in (x, low, *parameters))
+    fits = x.shape[1] <= MAX_DETAILS and len(affine.phi[0].weight) <= MAX_HIDDEN  # type: ignore[arg-type]
+    if differentiated or not fits or not uses_operators(x):
+        return None
+    phi, rho_eta = list(affine.phi.parameters()), list(affine.rho_eta.parameters())
+    return coupling(x, low, mixing.matrix, phi, rho_eta, affine.clamp)

@@ -147,8 +147,8 @@ class Criterion(nn.Module, ABC):
             sr: super-resolved images.
             gt: ground truth; never gets a gradient.
             return_terms: also return the unweighted terms by name, detached, reduced like the loss.
-            generator: its seed, with the two images, chooses PatchNCE's random locations. Nothing is drawn from it, so
-                that gradient checkpointing computes the same loss again.
+            generator: its seed, with GT, chooses the shift of the Haar grid and PatchNCE's random locations. Nothing is
+                drawn from it, so gradient checkpointing computes the same loss again.
             mask: weight of each pixel's error, (B or 1, 1, H, W), boolean or in [0, 1]. The loss compares
                 mask * sr + (1 - mask) * gt with `gt`: errors where the mask is 0 count nothing, and gradients are
                 multiplied by the mask, for all terms alike. The mask gets no gradient.

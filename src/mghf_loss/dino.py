@@ -48,7 +48,7 @@ class DinoJSDLoss(Criterion):
 
     Raises:
         ValueError: an argument is not as above, or timm has no such model.
-        CheckpointError: the weights cannot be had; the message says where they were looked for.
+        CheckpointError: the weights cannot be loaded; the message names the places that were searched.
 
     The loss is JSD(p_sr || p_gt) with p = softmax(e / T) over the dimensions of the embedding e, averaged over patches
     with `tokens="patch"`; 0 iff the distributions are equal.

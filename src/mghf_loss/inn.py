@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from . import _checks, _files, checkpoints
-from .coupling import AffineCoupling, ChannelMixing
-from .ops.convolution import convolution
+from .coupling import AffineCoupling, ChannelMixing, fused_coupling
+from .ops.convolution import convolution, uses_operators
+from .ops.linear import linear_level
 
 Variant = Literal["pyramid", "packet"]
 Mixing = Literal["learned", "fixed"]
@@ -116,8 +117,12 @@ class Level(nn.Module):
         """
         if not recompute:
             details, low = self._split(x)
-            details, log_det = self.flow(details, c=[low * self.condition_scale], jac=log_det_jac)
-            return details, low, log_det
+            if log_det_jac:
+                details, log_det = self.flow(details, c=[low * self.condition_scale])
+                return details, low, log_det
+            for k in range(len(self.flow) // 2):
+                details = self._step(k, details, low)
+            return details, low, 0.0
         # Step by step: recomputing a level or the whole network at once would keep somewhat less between the passes,
         # but the backward pass, where memory is scarcest, would then hold as much as without.
         details, low = self._checkpoint(self._first_step, x)
@@ -126,10 +131,19 @@ class Level(nn.Module):
         return details, low, 0.0
 
     def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if self._fits_operators(x):
+            return linear_level(x)
         # FrEIA's module, which on CUDA may run in tf32, as one convolution.
         bands = convolution(x, self.haar.haar_weights, stride=2, groups=x.shape[1]) * self.haar.fac_fwd
         bands = bands.unflatten(1, (-1, 4))
         return torch.cat((bands[:, 3:, 0], bands[:, :, 1:].flatten(1, 2)), dim=1), bands[:, :3, 0]
+
+    def _fits_operators(self, x: Tensor) -> bool:
+        return (
+            x.shape[1] == 3
+            and uses_operators(x)
+            and not any(mixing.matrix.requires_grad for mixing, _ in self._pairs())
+        )
 
     def _first_step(self, x: Tensor) -> tuple[Tensor, Tensor]:
         details, low = self._split(x)
@@ -138,6 +152,9 @@ class Level(nn.Module):
 
     def _step(self, k: int, details: Tensor, low: Tensor) -> Tensor:
         """Mixing and coupling number k."""
+        fused = fused_coupling(*self._pairs()[k], details, low * self.condition_scale)
+        if fused is not None:
+            return fused[0]
         for module in (self.flow[2 * k], self.flow[2 * k + 1]):
             (details,), _ = module((details,), c=[low * self.condition_scale], jac=False)
         return details
@@ -150,12 +167,19 @@ class Level(nn.Module):
         details, low = self._split(x)
         scales = []
         for mixing, coupling in self._pairs():
-            details, log_scale = coupling.transform(mixing.transform(details), low * self.condition_scale)
-            scales.append(log_scale.exp())
+            condition = low * self.condition_scale
+            found = fused_coupling(mixing, coupling, details, condition)
+            if found is None:
+                details, log_scale = coupling.transform(mixing.transform(details), condition)
+                found = details, log_scale.exp()
+            details, scale = found
+            scales.append(scale)
         return details, low, scales
 
     def linear(self, x: Tensor, scales: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Map a difference of two inputs to that of their details and low-pass, with given scales and no shifts."""
+        if self._fits_operators(x):
+            return linear_level(x, [mixing.matrix for mixing, _ in self._pairs()], scales)
         details, low = self._split(x)
         for (mixing, coupling), scale in zip(self._pairs(), scales, strict=True):
             first, second = mixing.transform(details).split(coupling.split, dim=1)
@@ -298,7 +322,7 @@ class HighFrequencyINN(
         """Load `"bundled"`, `"org/name"` or `"org/name@revision"` from the Hub, a folder or a file, in eval mode.
 
         `hub_options` (`revision`, `cache_dir`, `token`, `local_files_only`, `force_download`) go to
-        `huggingface_hub.hf_hub_download`. Raises `CheckpointError` where the checkpoint cannot be had, is
+        `huggingface_hub.hf_hub_download`. Raises `CheckpointError` where the checkpoint cannot be loaded, is
         damaged or is not of this network.
         """
         checkpoint = checkpoints.load(pretrained_model_name_or_path, **hub_options)

@@ -191,7 +191,7 @@ class MGHFnLoss(FeatureCriterion):
 
     Raises:
         ValueError, TypeError: from the constructor or `forward`, naming what came and what was expected.
-        CheckpointError: the network cannot be had or is damaged.
+        CheckpointError: the network cannot be loaded or is damaged.
 
     The loss is the mean over levels of mean (F_sr - F_gt)^2. The features F of a frozen invertible network are
     whitened: an error of 1 is one standard deviation of what the coarse image leaves open, so texture masks errors and
@@ -248,8 +248,7 @@ class MGHFLoss(FeatureCriterion):
         modulation: of PatchNCE's negatives: `"hard"`, `"easy"` or `"plain"`.
         temperature: of PatchNCE's similarities.
         precision: of the terms' matrix products in the CUDA kernels: `"fast"` (tf32 and fp16 operands, float32 sums) or
-            `"high"` (as accurate as float32). It does not concern the networks: they hold float32, and on CUDA their
-            convolutions multiply in tf32 unless `torch.backends.cudnn.allow_tf32` is False.
+            `"high"` (as accurate as float32). The invertible network is always as accurate as float32.
         input_range: see `MGHFnLoss`, as for the next three.
         reduction: `"mean"`, `"sum"` or `"none"` (per image).
         memory: `"normal"` or `"low"`. The DINO term recomputes its blocks with `"low"`.
@@ -257,7 +256,7 @@ class MGHFLoss(FeatureCriterion):
 
     Raises:
         ValueError, TypeError: from the constructor or `forward`, naming what came and what was expected.
-        CheckpointError: a network that the terms need cannot be had or is damaged.
+        CheckpointError: a network that the terms need cannot be loaded or is damaged.
 
     The terms, each a mean over the network's levels, are `content` (MSE), `style` (Gram matrices), `correlation`
     (1 - Pearson's r), `texture` (local strength) and `patch_nce` (modulated PatchNCE) of `mghf_loss.terms`;

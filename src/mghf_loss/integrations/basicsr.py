@@ -8,7 +8,7 @@
     model_type: MGHFSRModel  # SRModel and a value per term in the log; or MGHFSRGANModel
     train:
       pixel_opt: {type: L1Loss, loss_weight: 1.0}
-      perceptual_opt: {type: MGHFPerceptualLoss, perceptual_weight: 0.05, style_weight: 0.05, memory: low}
+      perceptual_opt: {type: MGHFPerceptualLoss, preset: balanced}  # both weights are 1
       grad_clip: 0.2  # largest norm of the generator's gradient; the two models' own
 
 The pixel slot takes `MGHFLoss`, `MGHFnLoss` or `DinoJSDLoss`, with the options of the classes of that name and

@@ -8,7 +8,7 @@ into a file `neosr/losses/mghf_loss.py` of your clone:
 and name a loss in any slot of the options that takes (output, gt) and one scalar, for instance the perceptual one. The
 slot takes `loss_weight`, which the loss applies once, and every option of the class of that name:
 
-    perceptual_opt = { type = "MGHFLoss", loss_weight = 0.05, memory = "low" }  # under [train]
+    perceptual_opt = { type = "MGHFLoss", loss_weight = 1.0, preset = "balanced" }  # under [train]
 
 Images are RGB in [0, 1]. neosr is not on PyPI: this follows its documented call convention (`LOSS_REGISTRY`, keyword
 options, one 0-d tensor) and has not been run in it.

@@ -55,7 +55,7 @@ class RegisteredLoss(TrainerLoss):
 
     Args:
         loss_weight: factor of the loss, a finite number of at least 0. The subclass says who multiplies by it.
-        options: of `loss_class`, which `of` chooses: `WeightedLoss.of(MGHFLoss)(loss_weight=0.05, memory="low")`.
+        options: of `loss_class`, which `of` chooses: `WeightedLoss.of(MGHFLoss)(preset="sharp", memory="low")`.
     """
 
     def __init__(self, loss_weight: float = 1.0, **options: Any) -> None:

@@ -7,7 +7,7 @@ It is installed like `mghf_loss.integrations.neosr`, by a line in a file `traiNN
 and a loss in the list of losses in the options, with any option of the class of that name:
 
     losses:
-      - {type: mghfloss, loss_weight: 0.05, memory: low}
+      - {type: mghfloss, loss_weight: 1.0, preset: balanced}
 
 `loss_weight` is an attribute here and nothing more: the trainer multiplies by it. The losses return their terms by
 name, each with its coefficient, which the trainer adds and logs one by one (it leaves out terms that are 0 or NaN).

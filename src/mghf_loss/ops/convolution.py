@@ -56,6 +56,11 @@ def uses_cudnn(x: Tensor) -> bool:
     return x.is_cuda
 
 
+def uses_operators(x: Tensor) -> bool:
+    """Whether the network maps `x` by its own operators, which are kernels: in float32 on CUDA."""
+    return x.is_cuda and x.dtype == torch.float32 and not torch._C._are_functorch_transforms_active()
+
+
 class _FrozenConvolution(torch.autograd.Function):
     """With a constant weight: the gradient is the transposed convolution, in the same precision."""
 

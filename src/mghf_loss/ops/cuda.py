@@ -18,6 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .couplings import coupling_formula
+from .couplings import operator as coupling_operator
+from .linear import linear_level_formula, transpose_formula, transpose_operator
+from .linear import operator as linear_operator
 from .nce import operator as patch_nce_operator
 from .nce import patch_nce, patch_nce_formula
 from .statistics import backward_formula, backward_operator, second_order_statistics, statistics_formula
@@ -73,14 +77,17 @@ def _reason_of_hardware(device: torch.device) -> str | None:
 def with_fallback(name: str, kernel: str, formula: Callable[..., Any]) -> Callable[..., Any]:
     """Return a function that calls `kernel` of the Triton files, or `formula` where that cannot run.
 
-    The last argument is the precision. Out of memory and failures inside the capture of a CUDA graph are raised, and so
+    The first argument is a tensor. What was compiled depends on its channels, on its dtype and that of a second tensor,
+    and on the precision, which is last. Out of memory and failures inside the capture of a CUDA graph are raised; so
     are mistakes of our own code: a slower path would hide them.
     """
 
-    def run(sr: Tensor, gt: Tensor, *arguments: Any) -> Any:
-        if torch.float64 in (sr.dtype, gt.dtype) or sr.numel() == 0 or len(sr) > MAX_BATCH:
+    def run(sr: Tensor, gt: Any, *arguments: Any) -> Any:
+        second = gt.dtype if isinstance(gt, Tensor) else sr.dtype
+        if torch.float64 in (sr.dtype, second) or sr.numel() == 0 or len(sr) > MAX_BATCH:
             return formula(sr, gt, *arguments)
-        key = (name, sr.device, sr.shape[1], sr.dtype, gt.dtype, arguments[-1])
+        precision = arguments[-1] if isinstance(arguments[-1], str) else ""
+        key = (name, sr.device, sr.shape[1], sr.dtype, second, precision)
         reason = reason_against_kernels(sr.device) or failures.get(key)
         if reason is None:
             try:
@@ -126,21 +133,32 @@ class _Kernels:
     """The launchers by name; made when first needed."""
 
     def __init__(self) -> None:
+        from .couplings_triton import coupling_triton
+        from .linear_triton import linear_level_triton, transpose_triton
         from .nce_triton import patch_nce_triton
         from .statistics_triton import backward_triton, statistics_triton
 
+        self.coupling = coupling_triton
+        self.linear_level = linear_level_triton
+        self.linear_level_transpose = transpose_triton
         self.patch_nce = patch_nce_triton
-        self.statistics = statistics_triton
-        self.statistics_backward = backward_triton
+        self.second_order_statistics = statistics_triton
+        self.second_order_statistics_backward = backward_triton
 
 
 _kernels = cache(_Kernels)
 
-statistics_operator.register_kernel("cuda")(with_fallback("second_order_statistics", "statistics", statistics_formula))
-backward_operator.register_kernel("cuda")(
-    with_fallback("second_order_statistics_backward", "statistics_backward", backward_formula)
+# Name of the operator, operator, formula.
+OPERATORS = (
+    ("second_order_statistics", statistics_operator, statistics_formula),
+    ("second_order_statistics_backward", backward_operator, backward_formula),
+    ("patch_nce", patch_nce_operator, patch_nce_formula),
+    ("coupling", coupling_operator, coupling_formula),
+    ("linear_level", linear_operator, linear_level_formula),
+    ("linear_level_transpose", transpose_operator, transpose_formula),
 )
-patch_nce_operator.register_kernel("cuda")(with_fallback("patch_nce", "patch_nce", patch_nce_formula))
+for _name, _operator, _formula in OPERATORS:
+    _operator.register_kernel("cuda")(with_fallback(_name, _name, _formula))
 
 
 def _try(device: torch.device) -> str | None:

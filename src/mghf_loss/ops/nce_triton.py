@@ -13,7 +13,7 @@ Then log w, by Sinkhorn, in one of two ways:
   when the image has converged. So Sinkhorn stops early without the host waiting for the device.
 
 Last, an online softmax over tiles of keys gives the loss and, like an attention with values = keys, its gradient.
-Block sizes come from compiling for sm_80 and sm_90 without register spills; none has been timed on a GPU.
+Block sizes come from compiling for sm_80, sm_90 and sm_120 without register spills; none has been timed on a GPU.
 """
 
 # Compile-time parameters take plain Python values, and tl.max may return several.
@@ -59,29 +59,33 @@ class Tiles:
     nce: tuple[int, int, dict[str, int | bool]]
 
 
+# By padded channels at most, precision and whether it is a Hopper GPU: rows, columns, warps and stages of the kernels
+# of logits, Sinkhorn and loss. A product of 64 rows occupies four warps; eight would make it twice.
+TILES = {
+    (64, "fast", True): ((128, 64, 8, 2), (128, 128, 8, 3), (128, 64, 8, 2)),
+    (64, "fast", False): ((128, 64, 8, 2), (128, 128, 8, 3), (128, 64, 8, 2)),
+    # Sinkhorn keeps no attended vectors, so its tiles may be larger.
+    (128, "fast", True): ((64, 64, 4, 2), (128, 128, 8, 2), (64, 64, 4, 2)),
+    (128, "fast", False): ((64, 64, 4, 2), (128, 64, 8, 2), (64, 64, 4, 2)),
+    # Four warps would spill the attended vectors, 64 x 256.
+    (256, "fast", True): ((64, 64, 4, 2), (128, 64, 8, 2), (64, 64, 8, 2)),
+    (256, "fast", False): ((32, 32, 8, 2), (64, 64, 4, 2), (32, 32, 8, 2)),
+    # Two fp16 numbers an entry: twice the bytes a tile.
+    (64, "high", True): ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
+    (64, "high", False): ((64, 64, 4, 2), (64, 64, 4, 2), (64, 32, 4, 2)),
+    (128, "high", True): ((64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 8, 2)),
+    (128, "high", False): ((64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 8, 1)),
+    (256, "high", True): ((16, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 1)),
+    (256, "high", False): ((16, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 1)),
+}
+
+
 def tiles(channels: int, precision: str, capability: tuple[int, int]) -> Tiles:
     """Choose block sizes."""
     padded = max(16, triton.next_power_of_2(channels))
-    hopper = capability[0] == 9
-    wide = launch_options(8, 2)
-    if precision == "high":  # twice the bytes a tile
-        if padded <= 64:
-            logits = sinkhorn = nce = (64, 64, wide)
-        elif padded <= 128:
-            logits = sinkhorn = (64, 32, wide)
-            nce = (64, 32, wide if hopper else launch_options(8, 1))
-        else:
-            logits, sinkhorn, nce = (16, 32, wide), (32, 32, wide), (32, 32, launch_options(8, 1))
-    elif padded <= 64:
-        sinkhorn = (128, 128, launch_options(8, 3))
-        logits = nce = (128, 64, wide)
-    elif padded <= 128:
-        sinkhorn = (128, 128 if hopper else 64, wide)
-        logits = nce = (64, 64, wide)
-    else:
-        sinkhorn = (128, 64, wide) if hopper else (64, 64, launch_options(4, 2))
-        logits = nce = (64, 64, wide) if hopper else (32, 32, wide)
-    return Tiles(padded, (64 if padded <= 64 else 32, launch_options(4, 1)), logits, sinkhorn, nce)
+    found = TILES[max(64, padded), precision, capability[0] == 9]
+    kernels = [(rows, columns, launch_options(warps, stages)) for rows, columns, warps, stages in found]
+    return Tiles(padded, (64 if padded <= 64 else 32, launch_options(4, 1)), *kernels)
 
 
 def patch_nce_triton(

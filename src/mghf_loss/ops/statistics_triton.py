@@ -9,7 +9,7 @@ Backward: every program writes a tile of places of a block of channels.
 Precision of the products: `fast` rounds the second operand to tf32 by integer arithmetic, because tensor cores
 truncate, which would shrink every product (relative bias 7e-4, by simulation), and multiplies the first one as tf32
 plus a remainder: relative error 2.1e-4 where rounding both gives 3e-4. `high` is float32 ("ieee").
-The block sizes come from compiling for sm_80 and sm_90 without register spills; none has been timed on a GPU.
+The block sizes come from compiling for sm_80, sm_90 and sm_120 without register spills; none has been timed on a GPU.
 """
 
 # Compile-time parameters take plain Python values.
@@ -68,9 +68,11 @@ def tiles(channels: int, itemsize: int, precision: str, capability: tuple[int, i
         if high:
             forward = (32, launch_options(8, 2))
         elif blocks > 1:  # both matrices of a block off the diagonal
-            forward = (16, launch_options(8, 3))
-        else:
-            forward = (64 if hopper and itemsize == 2 else 32, launch_options(8, 3))
+            forward = (16, launch_options(4, 3))
+        elif itemsize == 2:
+            forward = (64, launch_options(8, 3)) if hopper else (32, launch_options(4, 3))
+        else:  # a product of 64 rows occupies four warps, eight make it twice; off Hopper four would spill
+            forward = (32, launch_options(4 if hopper else 8, 3))
         inner = 16 if high else block if blocks == 1 else 32  # the whole block where it has all channels
         back = (inner, 64 if high or hopper else 32, launch_options(8, 1))
     else:

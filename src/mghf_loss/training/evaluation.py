@@ -1,4 +1,4 @@
-"""What a network is worth on photographs: code length, inverse error, features, response to distortions."""
+"""Measure a network on photographs: code length, inverse error, features, response to distortions."""
 
 from __future__ import annotations
 

@@ -1,0 +1,240 @@
+"""Triton kernel of the network's couplings: one launch for mixing and phi, one for rho_eta and scaling.
+
+A program marches down the rows of a strip. Of each row it computes the hidden map at three horizontal shifts (a product
+of 16 columns is cheaper than an exchange between threads) and adds each of them, times its weight, to the sums of the
+row above, this one and the one below; when a row's sum is complete, so is its second hidden map, and the output is
+written. Reflection is a matter of indices. The mixing is multiplied into the first and the skip connection's weights.
+
+Products, "high": each operand as two tf32 numbers, three products, as accurate as float32. "fast": the weights as two
+tf32 numbers, the maps as one. Rounded by integer arithmetic, as tensor cores truncate. One program serves all levels of
+a pyramid: more than 13 details, or 64 hidden channels, go to cuDNN.
+"""
+
+# Compile-time parameters take plain Python values.
+# pyright: reportArgumentType=false, reportOperatorIssue=false
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .couplings import MAX_DETAILS, MAX_HIDDEN
+from .statistics_triton import _round_tf32, launch_options
+
+INPUTS = 16  # details and low-pass, padded: the least of a matrix product
+
+
+def coupling_triton(
+    x: Tensor,
+    low: Tensor,
+    matrix: Tensor,
+    phi: Sequence[Tensor],
+    rho_eta: Sequence[Tensor],
+    clamp: float,
+    precision: str,
+) -> tuple[Tensor, Tensor]:
+    """As `coupling_formula`, by kernels."""
+    batch, channels, height, width = x.shape
+    hidden = max(16, triton.next_power_of_2(phi[0].shape[0]))
+    if channels > MAX_DETAILS or hidden > MAX_HIDDEN:
+        known = f"{channels} details and {phi[0].shape[0]} hidden channels"
+        raise NotImplementedError(f"{known}, the kernel takes up to {MAX_DETAILS} and {MAX_HIDDEN}")
+    x, low = x.contiguous(), low.contiguous()
+    n1 = channels - channels // 2
+    z, scale = torch.empty_like(x), x.new_empty((batch, n1, height, width))
+    columns, rows, options = tiles(hidden, width)
+    grid = (triton.cdiv(width, columns), triton.cdiv(height, rows), batch)
+    for second, parameters in ((False, phi), (True, rho_eta)):
+        _half_kernel[grid](
+            z if second else x,
+            low,
+            z,
+            scale,
+            matrix.contiguous(),
+            *(parameter.contiguous() for parameter in parameters),
+            height,
+            width,
+            clamp,
+            1 / clamp,
+            CHANNELS=channels,
+            N1=n1,
+            HIDDEN=phi[0].shape[0],
+            H=hidden,
+            K=INPUTS,
+            P=columns,
+            ROWS=rows,
+            SECOND=second,
+            REPLICATE=min(height, width) == 1,
+            HIGH=precision == "high",
+            **options,
+        )
+    return z, scale
+
+
+def tiles(hidden: int, width: int) -> tuple[int, int, dict[str, int | bool]]:
+    """Columns and rows of a program's strip, and launch options."""
+    columns = min(64, max(16, triton.next_power_of_2(width)))
+    return columns, 8, launch_options(8 if columns == 64 else 4, 1)
+
+
+@triton.jit
+def _reflected(i, size, REPLICATE: tl.constexpr):
+    if not REPLICATE:
+        i = tl.abs(i)
+        i = tl.where(i >= size, 2 * (size - 1) - i, i)
+    return tl.minimum(tl.maximum(i, 0), size - 1)
+
+
+@triton.jit
+def _halves(x):
+    head = _round_tf32(x)
+    return head, _round_tf32(x - head)
+
+
+@triton.jit
+def _multiply(head, rest, x, total, HIGH: tl.constexpr):
+    """total + (head + rest) @ x"""
+    x_head = _round_tf32(x)
+    total = tl.dot(rest, x_head, total, input_precision="tf32")
+    if HIGH:
+        total = tl.dot(head, _round_tf32(x - x_head), total, input_precision="tf32")
+    return tl.dot(head, x_head, total, input_precision="tf32")
+
+
+@triton.jit
+def _inputs(x_ptr, low_ptr, plane, row, columns, width, FIRST: tl.constexpr, CHANNELS: tl.constexpr, K: tl.constexpr):
+    """A row of the details from channel FIRST on and of the low-pass band, (K, columns)."""
+    k = tl.arange(0, K)[:, None]
+    places = row * width + columns[None, :]
+    x = tl.load(x_ptr + k * plane + places, mask=(k >= FIRST) & (k < CHANNELS), other=0.0)
+    low = tl.load(low_ptr + (k - CHANNELS) * plane + places, mask=(k >= CHANNELS) & (k < CHANNELS + 3), other=0.0)
+    return x + low
+
+
+@triton.jit
+def _hidden(
+    x_ptr, low_ptr, plane, row, columns, width, w1, w1_rest, b1,
+    FIRST: tl.constexpr, CHANNELS: tl.constexpr, K: tl.constexpr, HIGH: tl.constexpr,
+):  # fmt: skip
+    x = _inputs(x_ptr, low_ptr, plane, row, columns, width, FIRST, CHANNELS, K)
+    hidden = _multiply(w1, w1_rest, x, tl.zeros((w1.shape[0], x.shape[1]), tl.float32), HIGH)
+    return tl.maximum(hidden + b1, 0.0), x
+
+
+@triton.jit
+def _half_kernel(
+    x_ptr, low_ptr, z_ptr, scale_ptr, matrix_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr, w3_ptr, b3_ptr,
+    height, width, clamp, inverse_clamp,
+    CHANNELS: tl.constexpr, N1: tl.constexpr, HIDDEN: tl.constexpr, H: tl.constexpr, K: tl.constexpr,
+    P: tl.constexpr, ROWS: tl.constexpr, SECOND: tl.constexpr, REPLICATE: tl.constexpr, HIGH: tl.constexpr,
+):  # fmt: skip
+    # Grid (strips, row blocks, batch). First half: z = M x, z2 += phi. Second half, x = z: z1 = s z1 + eta, in place,
+    # which no other program reads.
+    image = tl.program_id(2).to(tl.int64)
+    plane = height * width
+    x_ptr += image * CHANNELS * plane
+    z_ptr += image * CHANNELS * plane
+    low_ptr += image * 3 * plane
+    scale_ptr += image * N1 * plane
+    y0 = tl.program_id(1) * ROWS
+    columns = tl.program_id(0) * P + tl.arange(0, P)
+    left = _reflected(columns - 1, width, REPLICATE)
+    right = _reflected(columns + 1, width, REPLICATE)
+    middle = tl.minimum(columns, width - 1)
+
+    j = tl.arange(0, H)
+    k = tl.arange(0, K)
+    m = tl.arange(0, K)
+    live = j < HIDDEN
+    N2: tl.constexpr = CHANNELS - N1
+    FIRST: tl.constexpr = N1 if SECOND else 0
+    if SECOND:
+        inner = (k >= N1) & (k < CHANNELS + 3)
+        w1 = tl.load(w1_ptr + j[:, None] * (N2 + 3) + (k - N1)[None, :], mask=live[:, None] & inner[None, :], other=0.0)
+        w3_rows = m < N1
+    else:
+        # (z1, low) = (M1 x, low): M1 is multiplied into the weights.
+        square = tl.load(
+            matrix_ptr + m[:, None] * CHANNELS + k[None, :],
+            mask=(m < CHANNELS)[:, None] & (k < CHANNELS)[None, :],
+            other=0.0,
+        )
+        w1 = tl.load(w1_ptr + j[:, None] * (N1 + 3) + k[None, :], mask=live[:, None] & (k < N1)[None, :], other=0.0)
+        w1 = tl.dot(w1, square, input_precision="ieee")
+        inner = (k >= CHANNELS) & (k < CHANNELS + 3)
+        w1 += tl.load(
+            w1_ptr + j[:, None] * (N1 + 3) + (N1 + k - CHANNELS)[None, :],
+            mask=live[:, None] & inner[None, :],
+            other=0.0,
+        )
+        skip, skip_rest = _halves(square)
+        w3_rows = (m >= N1) & (m < CHANNELS)
+    OFFSET: tl.constexpr = 0 if SECOND else N1
+    w3_mask = w3_rows[:, None] & live[None, :]
+    w3 = tl.load(w3_ptr + (m - OFFSET)[:, None] * HIDDEN + j[None, :], mask=w3_mask, other=0.0)
+    b3 = tl.load(b3_ptr + m - OFFSET, mask=w3_rows, other=0.0)[:, None]
+    w1, w1_rest = _halves(w1)
+    w3, w3_rest = _halves(w3)
+    if SECOND:
+        w4 = tl.load(w3_ptr + (m + N1)[:, None] * HIDDEN + j[None, :], mask=w3_mask, other=0.0)
+        b4 = tl.load(b3_ptr + m + N1, mask=w3_rows, other=0.0)[:, None]
+        w4, w4_rest = _halves(w4)
+    b1 = tl.load(b1_ptr + j, mask=live, other=0.0)[:, None]
+    b2 = tl.load(b2_ptr + j, mask=live, other=0.0)[:, None]
+    w00 = tl.load(w2_ptr + j * 9, mask=live, other=0.0)[:, None]
+    w01 = tl.load(w2_ptr + j * 9 + 1, mask=live, other=0.0)[:, None]
+    w02 = tl.load(w2_ptr + j * 9 + 2, mask=live, other=0.0)[:, None]
+    w10 = tl.load(w2_ptr + j * 9 + 3, mask=live, other=0.0)[:, None]
+    w11 = tl.load(w2_ptr + j * 9 + 4, mask=live, other=0.0)[:, None]
+    w12 = tl.load(w2_ptr + j * 9 + 5, mask=live, other=0.0)[:, None]
+    w20 = tl.load(w2_ptr + j * 9 + 6, mask=live, other=0.0)[:, None]
+    w21 = tl.load(w2_ptr + j * 9 + 7, mask=live, other=0.0)[:, None]
+    w22 = tl.load(w2_ptr + j * 9 + 8, mask=live, other=0.0)[:, None]
+
+    above = tl.zeros((H, P), tl.float32)  # sums of the row above the one in hand
+    here = tl.zeros((H, P), tl.float32)
+    centre = tl.zeros((K, P), tl.float32)  # input of the row above
+    for step in range(0, ROWS + 2):
+        row = _reflected(y0 + step - 1, height, REPLICATE)
+        hidden, x = _hidden(
+            x_ptr, low_ptr, plane, row, left, width, w1, w1_rest, b1, FIRST, CHANNELS, K, HIGH
+        )  # fmt: skip
+        done = above + hidden * w20
+        above = here + hidden * w10
+        here = hidden * w00
+        hidden, x = _hidden(
+            x_ptr, low_ptr, plane, row, right, width, w1, w1_rest, b1, FIRST, CHANNELS, K, HIGH
+        )  # fmt: skip
+        done += hidden * w22
+        above += hidden * w12
+        here += hidden * w02
+        hidden, x = _hidden(
+            x_ptr, low_ptr, plane, row, middle, width, w1, w1_rest, b1, FIRST, CHANNELS, K, HIGH
+        )  # fmt: skip
+        done += hidden * w21
+        above += hidden * w11
+        here += hidden * w01
+        y = y0 + step - 2
+        if (step >= 2) & (y < height):
+            second = tl.maximum(done + b2, 0.0)
+            places = y * width + columns[None, :]
+            inside = (columns < width)[None, :]
+            total = _multiply(w3, w3_rest, second, tl.zeros((K, P), tl.float32) + b3, HIGH)
+            if SECOND:
+                z_mask = (m < N1)[:, None] & inside
+                eta = _multiply(w4, w4_rest, second, tl.zeros((K, P), tl.float32) + b4, HIGH)
+                # clamp tanh(rho / clamp)
+                e = tl.exp(-2.0 * tl.abs(total * inverse_clamp))
+                bounded = clamp * (1.0 - e) / (1.0 + e)
+                scale = tl.exp(tl.where(total < 0, -bounded, bounded))
+                z1 = tl.load(z_ptr + m[:, None] * plane + places, mask=z_mask, other=0.0)
+                tl.store(z_ptr + m[:, None] * plane + places, z1 * scale + eta, mask=z_mask)
+                tl.store(scale_ptr + m[:, None] * plane + places, scale, mask=z_mask)
+            else:
+                total = _multiply(skip, skip_rest, centre, total, True)
+                tl.store(z_ptr + m[:, None] * plane + places, total, mask=(m < CHANNELS)[:, None] & inside)
+        centre = x

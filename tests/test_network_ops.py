@@ -1,0 +1,109 @@
+"""The network's operators, by their torch formulas: against the modules, derivative, registration."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from conftest import perturbed_inn
+from mghf_loss import MGHFLoss, coupling, inn
+from mghf_loss.ops import couplings, linear
+
+
+@pytest.fixture
+def frozen():
+    return perturbed_inn(levels=2).requires_grad_(False)
+
+
+@pytest.fixture
+def as_on_cuda(monkeypatch):
+    """The choice that the network makes on CUDA, where its operators are kernels; here they run as formulas."""
+
+    def take():
+        calls = []
+        for module in (coupling, inn):
+            monkeypatch.setattr(module, "uses_operators", lambda x: calls.append(x.shape) or True)
+        return calls
+
+    return take
+
+
+@pytest.mark.parametrize("conditioning", ["own", "gt"])
+@pytest.mark.parametrize("size", [(16, 24), (9, 11)])
+def test_the_loss_is_the_same_by_operators_and_by_modules(size, conditioning, as_on_cuda):
+    criterion = MGHFLoss("paper", inn=perturbed_inn(), conditioning=conditioning, patches=20)
+    gt = torch.rand(2, 3, *size)
+    sr = (gt + 0.1 * torch.randn_like(gt)).requires_grad_()
+
+    def run() -> tuple[torch.Tensor, torch.Tensor]:
+        loss = criterion(sr, gt)
+        return loss.detach(), torch.autograd.grad(loss, sr)[0]
+
+    expected = run()
+    calls = as_on_cuda()
+    loss, gradient = run()
+    assert len(calls) > 6
+    torch.testing.assert_close(loss, expected[0])
+    assert (gradient - expected[1]).norm() <= 1e-5 * expected[1].norm()
+
+
+def test_operators_are_for_float32_on_cuda_without_gradient_and_of_channels_that_fit(frozen, as_on_cuda):
+    level = frozen.levels[0]
+    mixing, affine = level._pairs()[0]
+    x, low = torch.randn(1, 9, 4, 4), torch.rand(1, 3, 4, 4)
+    assert coupling.fused_coupling(mixing, affine, x, low) is None
+    as_on_cuda()
+    assert coupling.fused_coupling(mixing, affine, x, low) is not None
+    assert coupling.fused_coupling(mixing, affine, x.clone().requires_grad_(), low) is None
+    wide = perturbed_inn(levels=2, variant="packet").requires_grad_(False).levels[1]
+    assert coupling.fused_coupling(*wide._pairs()[0], torch.randn(1, 45, 4, 4), low) is None
+
+
+def test_a_trainable_network_takes_its_modules(as_on_cuda):
+    network = perturbed_inn(levels=1)
+    as_on_cuda()
+    image = torch.rand(1, 3, 8, 8)
+    sum(level.sum() for level in network.features(image)).backward()
+    assert all(parameter.grad is not None for parameter in network.parameters() if parameter.requires_grad)
+
+
+def linear_inputs(count: int, dtype: torch.dtype = torch.float32):
+    matrices, scales = torch.randn(count, 9, 9, dtype=dtype), torch.rand(count, 2, 5, 3, 4, dtype=dtype) + 0.5
+    return torch.randn(2, 3, 6, 8, dtype=dtype, requires_grad=True), list(matrices), list(scales)
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_the_gradient_of_a_linear_level_is_its_transpose(count):
+    x, *given = linear_inputs(count, torch.double)
+    assert torch.autograd.gradcheck(lambda x: linear.linear_level(x, *given), x)
+
+
+def test_a_linear_level_without_mixings_is_the_haar_step(frozen):
+    image = torch.rand(2, 3, 6, 8)
+    for found, expected in zip(linear.linear_level(image), frozen.levels[0]._split(image), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.compile
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck's own doing
+def test_operators_are_registered_as_torch_wants_them(frozen):
+    mixing, affine = frozen.levels[0]._pairs()[0]
+    blocks = [list(block.parameters()) for block in (affine.phi, affine.rho_eta)]
+    inputs = (torch.randn(2, 9, 5, 6), torch.rand(2, 3, 5, 6), mixing.matrix, *blocks, 2.0, "high")
+    torch.library.opcheck(couplings.operator, inputs)
+    torch.library.opcheck(linear.operator, linear_inputs(2))
+    details, low = linear.linear_level(linear_inputs(0)[0])
+    torch.library.opcheck(linear.transpose_operator, (details.detach(), low.detach(), *linear_inputs(2)[1:]))
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("conditioning", ["own", "gt"])
+def test_the_loss_compiles_as_one_graph_with_operators(conditioning, as_on_cuda):
+    criterion = MGHFLoss("paper", inn=perturbed_inn(levels=2), conditioning=conditioning, patches=20)
+    gt = torch.rand(1, 3, 12, 16)
+    sr = (gt + 0.1 * torch.randn_like(gt)).requires_grad_()
+    expected = torch.autograd.grad(criterion(sr, gt), sr)[0]
+    as_on_cuda()
+    torch._dynamo.reset()
+    found = torch.autograd.grad(torch.compile(criterion, fullgraph=True, backend="aot_eager")(sr, gt), sr)[0]
+    assert (found - expected).norm() <= 1e-5 * expected.norm()
