@@ -107,6 +107,7 @@ def recovered(criterion: MGHFLoss, start: Tensor, gt: Tensor) -> float:
     return -10 * F.mse_loss(sr.detach(), gt).log10().item()
 
 
+@pytest.mark.train
 @pytest.mark.parametrize("preset", [name for name in OURS if name != "sharp"])
 def test_the_loss_alone_finds_gt_again_from_noise(preset):
     """From 20.2 dB. "sharp" is left out: its style term, which wants energy wherever it is, ends at 32.4 dB."""
