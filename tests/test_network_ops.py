@@ -54,7 +54,10 @@ def test_operators_are_for_float32_on_cuda_without_gradient_and_of_channels_that
     assert coupling.fused_coupling(mixing, affine, x, low) is None
     as_on_cuda()
     assert coupling.fused_coupling(mixing, affine, x, low) is not None
-    assert coupling.fused_coupling(mixing, affine, x.clone().requires_grad_(), low) is None
+    assert coupling.fused_coupling(mixing, affine, x.clone().requires_grad_(), low) is not None
+    many = perturbed_inn(levels=1, hidden=33).requires_grad_(False).levels[0]._pairs()[0]
+    assert coupling.fused_coupling(*many, x, low) is not None
+    assert coupling.fused_coupling(*many, x.clone().requires_grad_(), low) is None  # its signs do not fit into 32 bits
     wide = perturbed_inn(levels=2, variant="packet").requires_grad_(False).levels[1]
     assert coupling.fused_coupling(*wide._pairs()[0], torch.randn(1, 45, 4, 4), low) is None
 
@@ -65,6 +68,22 @@ def test_a_trainable_network_takes_its_modules(as_on_cuda):
     image = torch.rand(1, 3, 8, 8)
     sum(level.sum() for level in network.features(image)).backward()
     assert all(parameter.grad is not None for parameter in network.parameters() if parameter.requires_grad)
+
+
+@pytest.mark.parametrize("size", [(4, 5), (2, 3), (1, 4), (1, 1)])
+def test_the_gradient_of_a_coupling_is_that_of_its_modules(size, frozen):
+    mixing, affine = frozen.double().levels[0]._pairs()[0]
+    x = torch.randn(2, 9, *size, dtype=torch.double, requires_grad=True)
+    low = torch.rand(2, 3, *size, dtype=torch.double, requires_grad=True)
+    blocks = [list(block.parameters()) for block in (affine.phi, affine.rho_eta)]
+    found, scale = couplings.coupling(x, low, mixing.matrix, *blocks, affine.clamp)
+    expected, log_scale = affine.transform(mixing.transform(x), low)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(scale, log_scale.exp())
+    assert not scale.requires_grad
+    upstream = torch.randn_like(found)
+    gradients = [torch.autograd.grad((z * upstream).sum(), (x, low)) for z in (found, expected)]
+    torch.testing.assert_close(*gradients)
 
 
 def linear_inputs(count: int, dtype: torch.dtype = torch.float32):
@@ -91,6 +110,7 @@ def test_operators_are_registered_as_torch_wants_them(frozen):
     blocks = [list(block.parameters()) for block in (affine.phi, affine.rho_eta)]
     inputs = (torch.randn(2, 9, 5, 6), torch.rand(2, 3, 5, 6), mixing.matrix, *blocks, 2.0, "high")
     torch.library.opcheck(couplings.operator, inputs)
+    torch.library.opcheck(couplings.kept_operator, (inputs[0].requires_grad_(), *inputs[1:]))
     torch.library.opcheck(linear.operator, linear_inputs(2))
     details, low = linear.linear_level(linear_inputs(0)[0])
     torch.library.opcheck(linear.transpose_operator, (details.detach(), low.detach(), *linear_inputs(2)[1:]))

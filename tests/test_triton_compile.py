@@ -106,8 +106,15 @@ def network_kernels(
         columns, rows, options = couplings_triton.tiles(32, width)
         constants = {"CHANNELS": 9, "N1": 5, "HIDDEN": 32, "H": 32, "K": 16, "P": columns, "ROWS": rows}
         constants |= {"SECOND": second, "REPLICATE": False, "HIGH": high}
-        kernel = couplings_triton._half_kernel
-        yield f"half coupling {width}, {second}, {high}", kernel, signature(kernel), constants, options
+        pointers = {"sign_ptr": "*i32"}
+        label = f"{width} columns, {'second' if second else 'first'}, {'high' if high else 'fast'}"
+        for kernel, more in (
+            (couplings_triton._half_kernel, {"KEEP": False}),
+            (couplings_triton._half_kernel, {"KEEP": True}),
+            (couplings_triton._half_backward_kernel, {}),
+        ):
+            types = signature(kernel, **pointers)
+            yield f"{kernel.__name__} {label} {more}", kernel, types, constants | more, options
     for count in (0, 2):
         for kernel in (linear_triton._forward_kernel, linear_triton._transpose_kernel):
             constants = {"COUPLINGS": count, "N1": 5, "R": linear_triton.ROWS, "P": linear_triton.PLACES}

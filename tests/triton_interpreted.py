@@ -160,6 +160,29 @@ def coupling_case(name: str, size: tuple[int, int], precision: str, hidden: int 
         {key: relative(value, exact[key]) for key, value in run(function, torch.float32).items()}
         for function in (couplings_triton.coupling_triton, couplings.coupling_formula)
     )
+    if hidden > 32:
+        report("coupling", name, precision, kernel, native)
+        return
+
+    # With gradient: what is kept, and the way back from what the formula kept.
+    def blocks_in(dtype: torch.dtype) -> list[list[Tensor]]:
+        return [[parameter.detach().to(dtype) for parameter in block.parameters()] for block in (phi, rho_eta)]
+
+    gradient = torch.randn_like(x)
+    inputs = (x.double(), low.double(), matrix.double(), *blocks_in(torch.double), 2.0, precision)
+    _, scale, z1, signs = couplings.kept_formula(*inputs)
+    wanted = couplings.kept_backward_formula(gradient.double(), scale, z1, signs, *inputs[2:])
+    narrow = (x, low, matrix, *blocks_in(torch.float32), 2.0, precision)
+    kept = couplings_triton.kept_triton(*narrow)
+    assert (kept[3] == signs).float().mean() > 0.99  # a hidden value near 0 may have either sign
+    kernel |= {"z1": relative(kept[2], z1)}
+    native |= {"z1": relative(couplings.kept_formula(*narrow)[2], z1)}
+    for errors, function in (
+        (kernel, couplings_triton.kept_backward_triton),
+        (native, couplings.kept_backward_formula),
+    ):
+        found = function(gradient, scale.float(), z1.float(), signs, *narrow[2:])
+        errors |= {key: relative(f, e) for key, f, e in zip(("x", "low"), found, wanted, strict=True)}
     report("coupling", name, precision, kernel, native)
 
 

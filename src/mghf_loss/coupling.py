@@ -11,7 +11,16 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .ops.convolution import convolution, uses_operators
-from .ops.couplings import MAX_DETAILS, MAX_HIDDEN, bottleneck, coupling, pad, pad_mode
+from .ops.couplings import (
+    MAX_DETAILS,
+    MAX_HIDDEN,
+    MAX_HIDDEN_WITH_GRADIENT,
+    bottleneck,
+    coupling,
+    pad,
+    pad_mode,
+    unpad,
+)
 
 
 class Bottleneck(nn.Sequential):
@@ -48,19 +57,6 @@ class Bottleneck(nn.Sequential):
         return bottleneck(pad(input), *parameters)[0]
 
 
-def _unpad(gradient: Tensor, mode: str) -> Tensor:
-    """Gradient of `pad`, added in one order: torch's own adds in any order on CUDA, and is slower on a CPU."""
-    edge = int(mode == "reflect")
-    gradient = gradient.clone()
-    rows = gradient[..., 1:-1, :]
-    rows[..., edge, :] += gradient[..., 0, :]
-    rows[..., -1 - edge, :] += gradient[..., -1, :]
-    columns = rows[..., 1:-1]
-    columns[..., edge] += rows[..., 0]
-    columns[..., -1 - edge] += rows[..., -1]
-    return columns
-
-
 class _FrozenBottleneck(torch.autograd.Function):
     """`Bottleneck` with constant parameters: the backward pass needs the signs of the hidden maps only.
 
@@ -92,7 +88,7 @@ class _FrozenBottleneck(torch.autograd.Function):
             # The transpose of a convolution: channels swapped, taps flipped, full padding.
             gradient = convolution(gradients[0], w3.transpose(0, 1)).mul_(second)
             gradient = convolution(gradient, w2.flip(-2, -1), padding=2, groups=w2.shape[0]).mul_(first)
-            return _unpad(convolution(gradient, w1.transpose(0, 1)), ctx.pad_mode), *[None] * 6
+            return unpad(convolution(gradient, w1.transpose(0, 1)), ctx.pad_mode), *[None] * 6
 
 
 class ChannelMixing(InvertibleModule):
@@ -205,11 +201,13 @@ class AffineCoupling(InvertibleModule):
 def fused_coupling(
     mixing: ChannelMixing, affine: AffineCoupling, x: Tensor, low: Tensor
 ) -> tuple[Tensor, Tensor] | None:
-    """What becomes of the details x, and the scale s, by one operator where it pays: on CUDA, without gradient."""
+    """What becomes of the details x, and the scale s, by one operator; None off CUDA and in training."""
     parameters = (mixing.matrix, *affine.parameters())
-    differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in (x, low, *parameters))
-    fits = x.shape[1] <= MAX_DETAILS and len(affine.phi[0].weight) <= MAX_HIDDEN  # type: ignore[arg-type]
-    if differentiated or not fits or not uses_operators(x):
+    differentiated = torch.is_grad_enabled() and (x.requires_grad or low.requires_grad)
+    most = MAX_HIDDEN_WITH_GRADIENT if differentiated else MAX_HIDDEN
+    fits = x.shape[1] <= MAX_DETAILS and len(affine.phi[0].weight) <= most  # type: ignore[arg-type]
+    trained = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters)
+    if trained or not fits or not uses_operators(x):
         return None
     phi, rho_eta = list(affine.phi.parameters()), list(affine.rho_eta.parameters())
     return coupling(x, low, mixing.matrix, phi, rho_eta, affine.clamp)

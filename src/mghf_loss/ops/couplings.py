@@ -1,4 +1,4 @@
-"""A channel mixing and affine coupling of the network without gradient, as one operator.
+"""A channel mixing and affine coupling of the frozen network as one operator.
 
 With x the details, M the mixing, low the low-pass band, and phi, rho_eta bottleneck blocks (1x1, ReLU, depthwise 3x3,
 ReLU, 1x1 convolution, reflection padding),
@@ -6,13 +6,15 @@ ReLU, 1x1 convolution, reflection padding),
     z = M x,   z2 <- z2 + phi(z1, low),   (rho, eta) of (z2, low),
     z1 <- s z1 + eta,   s = exp(clamp tanh(rho / clamp)).
 
-GT's features need no gradient. As convolutions this moves every hidden map, 32 channels for the 9 that count, through
-memory six times. A kernel holds the hidden maps of a row in registers and writes z and s only.
+As convolutions this moves every hidden map, 32 channels for the 9 that count, through memory six times, and twice as
+often with a backward pass. A kernel holds the hidden maps of a row in registers and writes z and s only. For a gradient
+it also writes z1 before the scaling, and the signs of the hidden maps, a bit a channel: all that the way back needs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +23,8 @@ from torch import Tensor
 from .convolution import convolution
 from .statistics import Precision
 
-MAX_DETAILS, MAX_HIDDEN = 13, 64  # of the kernel; a pyramid has 9
+# Of the kernels; a pyramid has 9 details. A gradient takes 32 hidden channels at most, a bit of a number each.
+MAX_DETAILS, MAX_HIDDEN, MAX_HIDDEN_WITH_GRADIENT = 13, 64, 32
 
 
 def coupling_formula(
@@ -34,14 +37,68 @@ def coupling_formula(
     precision: str,
 ) -> tuple[Tensor, Tensor]:
     """z (B, C, h, w) and the scale s (B, n1, h, w) of its first n1 channels, in the dtype of `x`."""
+    return kept_formula(x, low, matrix, phi, rho_eta, clamp, precision)[:2]
+
+
+def kept_formula(
+    x: Tensor,
+    low: Tensor,
+    matrix: Tensor,
+    phi: Sequence[Tensor],
+    rho_eta: Sequence[Tensor],
+    clamp: float,
+    precision: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """z, s, z1 before the scaling, and the signs of the four hidden maps, (B, 4, h, w) int32, a bit a channel."""
     channels = x.shape[1]
     n1 = channels - channels // 2
     with torch.autocast(x.device.type, enabled=False):
         z1, z2 = convolution(x, matrix[:, :, None, None]).split((n1, channels - n1), dim=1)
-        z2 = z2 + bottleneck(pad(torch.cat((z1, low), dim=1)), *phi)[0]
-        rho, eta = bottleneck(pad(torch.cat((z2, low), dim=1)), *rho_eta)[0].chunk(2, dim=1)
+        shift, *hidden = bottleneck(pad(torch.cat((z1, low), dim=1)), *phi)
+        z2 = z2 + shift
+        both, *more = bottleneck(pad(torch.cat((z2, low), dim=1)), *rho_eta)
+        rho, eta = both.chunk(2, dim=1)
         scale = torch.exp(clamp * torch.tanh(rho / clamp))
-        return torch.cat((z1 * scale + eta, z2), dim=1), scale
+        signs = [_packed(hidden[0][..., 1:-1, 1:-1]), _packed(hidden[1])]
+        signs += [_packed(more[0][..., 1:-1, 1:-1]), _packed(more[1])]
+        return torch.cat((z1 * scale + eta, z2), dim=1), scale, z1.contiguous(), torch.stack(signs, 1)
+
+
+def kept_backward_formula(
+    gradient: Tensor,
+    scale: Tensor,
+    z1: Tensor,
+    signs: Tensor,
+    matrix: Tensor,
+    phi: Sequence[Tensor],
+    rho_eta: Sequence[Tensor],
+    clamp: float,
+    precision: str,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x and of the low-pass band from that of z."""
+    n1 = scale.shape[1]
+    with torch.autocast(gradient.device.type, enabled=False):
+        first, second = gradient[:, :n1], gradient[:, n1:]
+        rho = first * z1 * scale * (1 - (scale.log() / clamp).square())
+        both = _bottleneck_backward(torch.cat((rho, first), 1), signs[:, 2], signs[:, 3], rho_eta)
+        second, low = second + both[:, : second.shape[1]], both[:, second.shape[1] :]
+        both = _bottleneck_backward(second, signs[:, 0], signs[:, 1], phi)
+        mixed = torch.cat((first * scale + both[:, :n1], second), 1)
+        return convolution(mixed, matrix.T[:, :, None, None]), low + both[:, n1:]
+
+
+def _packed(hidden: Tensor) -> Tensor:
+    bits = torch.arange(hidden.shape[1], device=hidden.device, dtype=torch.int32)
+    return ((hidden > 0).to(torch.int32) << bits[:, None, None]).sum(1, dtype=torch.int32)
+
+
+def _bottleneck_backward(gradient: Tensor, first: Tensor, second: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+    w1, _, w2, _, w3, _ = parameters
+    bits = torch.arange(w1.shape[0], device=first.device, dtype=torch.int32)[:, None, None]
+    first = F.pad((first[:, None] >> bits & 1).to(gradient.dtype), (1, 1, 1, 1), mode=pad_mode(gradient))
+    gradient = convolution(gradient, w3.transpose(0, 1)) * (second[:, None] >> bits & 1)
+    gradient = convolution(gradient, w2.flip(-2, -1), padding=2, groups=w2.shape[0]) * first
+    return unpad(convolution(gradient, w1.transpose(0, 1)), pad_mode(first[..., 1:-1, 1:-1]))
 
 
 operator = torch.library.custom_op("mghf_loss::coupling", coupling_formula, mutates_args=())
@@ -61,6 +118,73 @@ def _(
     return x.new_empty(x.shape), x.new_empty((batch, channels - channels // 2, height, width))
 
 
+kept_operator = torch.library.custom_op("mghf_loss::coupling_kept", kept_formula, mutates_args=())
+kept_backward_operator = torch.library.custom_op(
+    "mghf_loss::coupling_kept_backward", kept_backward_formula, mutates_args=()
+)
+
+
+@kept_operator.register_fake
+def _(
+    x: Tensor,
+    low: Tensor,
+    matrix: Tensor,
+    phi: Sequence[Tensor],
+    rho_eta: Sequence[Tensor],
+    clamp: float,
+    precision: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch, channels, height, width = x.shape
+    scale = x.new_empty((batch, channels - channels // 2, height, width))
+    signs = x.new_empty((batch, 4, height, width), dtype=torch.int32)
+    return x.new_empty(x.shape), scale, torch.empty_like(scale), signs
+
+
+@kept_backward_operator.register_fake
+def _(
+    gradient: Tensor,
+    scale: Tensor,
+    z1: Tensor,
+    signs: Tensor,
+    matrix: Tensor,
+    phi: Sequence[Tensor],
+    rho_eta: Sequence[Tensor],
+    clamp: float,
+    precision: str,
+) -> tuple[Tensor, Tensor]:
+    batch, _, height, width = gradient.shape
+    return gradient.new_empty(gradient.shape), gradient.new_empty((batch, 3, height, width))
+
+
+def _keep(ctx: Any, inputs: Any, output: Any) -> None:
+    _, _, matrix, phi, rho_eta, ctx.clamp, ctx.precision = inputs
+    ctx.set_materialize_grads(False)  # no zeros for what is kept
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*output[1:], matrix, *phi, *rho_eta)
+
+
+def _backward(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Any, ...]:
+    kept, blocks = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
+    arguments = (gradient.contiguous(), *kept, list(blocks[:6]), list(blocks[6:]), ctx.clamp, ctx.precision)
+    x, low = _FirstDerivatives.apply(*arguments)  # type: ignore[misc]
+    return x, low, None, [None] * 6, [None] * 6, None, None
+
+
+class _FirstDerivatives(torch.autograd.Function):
+    """The backward operator; a second derivative is refused, not left out."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return kept_backward_operator(*arguments)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        raise NotImplementedError("the operators of mghf_loss have no second derivative")
+
+
+kept_operator.register_autograd(_backward, setup_context=_keep)
+
+
 def coupling(
     x: Tensor,
     low: Tensor,
@@ -70,7 +194,9 @@ def coupling(
     clamp: float,
     precision: Precision = "high",
 ) -> tuple[Tensor, Tensor]:
-    """Mix and couple details (B, C, h, w), given their low-pass band (B, 3, h, w), without gradient -> z, s.
+    """Mix and couple details (B, C, h, w), given their low-pass band (B, 3, h, w) -> z, s.
+
+    Gradient flows from z to `x` and `low`.
 
     Args:
         x: details; contiguous, as is `low`.
@@ -82,7 +208,11 @@ def coupling(
         precision: of the products on CUDA: `"high"`, as accurate as float32 (each operand as two tf32 numbers), or
             `"fast"`, one operand in tf32 (relative error 3e-4 at most).
     """
-    return operator(x, low, matrix, list(phi), list(rho_eta), clamp, precision)
+    parameters = (matrix, list(phi), list(rho_eta), clamp, precision)
+    if torch.is_grad_enabled() and (x.requires_grad or low.requires_grad):
+        z, scale, _, _ = kept_operator(x, low, *parameters)
+        return z, scale
+    return operator(x, low, *parameters)
 
 
 def pad_mode(x: Tensor) -> str:
@@ -94,6 +224,19 @@ def pad(x: Tensor) -> Tensor:
     """By one location; padding the few input channels rather than the hidden ones saves a copy of the hidden map."""
     # Reflection padding commutes with a 1x1 convolution and ReLU.
     return F.pad(x, (1, 1, 1, 1), mode=pad_mode(x))
+
+
+def unpad(gradient: Tensor, mode: str) -> Tensor:
+    """Gradient of `pad`, added in one order: torch's own adds in any order on CUDA, and is slower on a CPU."""
+    edge = int(mode == "reflect")
+    gradient = gradient.clone()
+    rows = gradient[..., 1:-1, :]
+    rows[..., edge, :] += gradient[..., 0, :]
+    rows[..., -1 - edge, :] += gradient[..., -1, :]
+    columns = rows[..., 1:-1]
+    columns[..., edge] += rows[..., 0]
+    columns[..., -1 - edge] += rows[..., -1]
+    return columns
 
 
 def bottleneck(x: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -18,7 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .couplings import coupling_formula
+from .couplings import (
+    coupling_formula,
+    kept_backward_formula,
+    kept_backward_operator,
+    kept_formula,
+    kept_operator,
+)
 from .couplings import operator as coupling_operator
 from .linear import linear_level_formula, transpose_formula, transpose_operator
 from .linear import operator as linear_operator
@@ -133,12 +139,14 @@ class _Kernels:
     """The launchers by name; made when first needed."""
 
     def __init__(self) -> None:
-        from .couplings_triton import coupling_triton
+        from .couplings_triton import coupling_triton, kept_backward_triton, kept_triton
         from .linear_triton import linear_level_triton, transpose_triton
         from .nce_triton import patch_nce_triton
         from .statistics_triton import backward_triton, statistics_triton
 
         self.coupling = coupling_triton
+        self.coupling_kept = kept_triton
+        self.coupling_kept_backward = kept_backward_triton
         self.linear_level = linear_level_triton
         self.linear_level_transpose = transpose_triton
         self.patch_nce = patch_nce_triton
@@ -154,6 +162,8 @@ OPERATORS = (
     ("second_order_statistics_backward", backward_operator, backward_formula),
     ("patch_nce", patch_nce_operator, patch_nce_formula),
     ("coupling", coupling_operator, coupling_formula),
+    ("coupling_kept", kept_operator, kept_formula),
+    ("coupling_kept_backward", kept_backward_operator, kept_backward_formula),
     ("linear_level", linear_operator, linear_level_formula),
     ("linear_level_transpose", transpose_operator, transpose_formula),
 )
