@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mghf_loss import HighFrequencyINN, MGHFLoss
-from mghf_loss.mghf import PRESETS, Settings
+from mghf_loss.mghf import PRESETS, Preset, Settings
 from mghf_loss.terms import Reduction
 from mghf_loss.toy import photograph
 
@@ -60,7 +60,7 @@ def test_the_loss_is_0_at_identity(preset, shift):
     assert criterion(gt + 0.01 * torch.randn_like(gt), gt) > 1e-4
 
 
-def rises(preset: str) -> list[Tensor]:
+def rises(preset: Preset) -> list[Tensor]:
     """By level, how much the loss rises where SR differs from GT in one channel of the features alone, (C,)."""
     network = HighFrequencyINN.from_pretrained()
     reduction: Reduction = "none"
