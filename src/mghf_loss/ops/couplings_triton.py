@@ -302,9 +302,8 @@ def _half_kernel(
         here += hidden * w01
         y = y0 + step - 2
         if KEEP:
-            places = (y + 1) * width + columns
             mask = (columns < width) & (step >= 1) & (step <= ROWS) & (y + 1 < height)
-            tl.store(sign_ptr + places, _signs(hidden, H), mask=mask)
+            tl.store(sign_ptr + (y + 1) * width + columns, _signs(hidden, H), mask=mask)
         if (step >= 2) & (y < height):
             second = tl.maximum(done + b2, 0.0)
             if KEEP:
