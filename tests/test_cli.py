@@ -86,7 +86,7 @@ def test_demo_writes_table_and_pictures(tmp_path, capsys):
     printed = capsys.readouterr().out
     with (out / "table.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert [row["loss"].split()[0] for row in rows] == ["bicubic", "L1", "L1"]
+    assert [row["loss"] for row in rows] == ["bicubic", "L1", "L1 + balanced", "L1 + sharp"]
     for row in rows:
         assert row["loss"] in printed
         assert 10 < float(row["PSNR"]) < 50
