@@ -95,15 +95,16 @@ def run_all(parts: list[str], out: Path, dry_run: bool) -> list[str]:
             process = subprocess.Popen(
                 command + ["--dry-run"] * dry_run, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT
             )
+            code, ended = 1, "stopped"
             try:
                 code = process.wait(limit)
                 ended = f"exit {code}"
             except BaseException as error:  # the time is over, or the user ends it: the part's process must not stay
                 process.kill()
                 process.wait()
-                code, ended = 1, "out of time" if isinstance(error, subprocess.TimeoutExpired) else "stopped"
                 if not isinstance(error, subprocess.TimeoutExpired):
                     raise
+                ended = "out of time"
             finally:
                 status.append(f"{part}: {ended} after {time.monotonic() - began:.0f} s")
                 (out / "status.txt").write_text("\n".join(status) + "\n")
@@ -226,7 +227,7 @@ def kernels_of(run: Callable[[], object], device: Any) -> list[tuple[str, float]
             torch.cuda.synchronize()
     events = profiler.events() or []
     if on_gpu:
-        return [(e.name, e.self_device_time_total) for e in events if e.device_type == torch.autograd.DeviceType.CUDA]
+        return [(e.name, e.self_device_time_total) for e in events if e.device_type.name == "CUDA"]
     return [(e.name, e.self_cpu_time_total) for e in events]
 
 
@@ -294,9 +295,9 @@ def operators(results: Results, device: Any, dry_run: bool) -> None:
     """Against a copy of the same bytes in the same run."""
     import torch
 
-    from benchmarks.ops import fused_patch_nce, make_inputs
+    from benchmarks.ops import make_inputs
     from mghf_loss import HighFrequencyINN
-    from mghf_loss.ops import couplings, linear, statistics
+    from mghf_loss.ops import couplings, linear, patch_nce, statistics
 
     def of_copy(run: Callable[[], object], floats: int) -> dict[str, Any]:
         """Time, and the share of a copy's rate at which the given floats move."""
@@ -338,8 +339,9 @@ def operators(results: Results, device: Any, dry_run: bool) -> None:
     for batch, channels, places in [(1, 9, 20)] if dry_run else nce_shapes:
         case = {"operator": "patch_nce", "batch": batch, "channels": channels, "places": places, "dtype": "float32"}
         sr, gt = make_inputs(case, device)
-        for modulation, tolerance in (("plain", 1e-4), ("hard", 1e-4), *[("hard", 0.0)] * (not dry_run)):
-            call = partial(fused_patch_nce, sr.detach(), gt, modulation, tolerance)
+        cases: list[tuple[Any, float]] = [("plain", 1e-4), ("hard", 1e-4), *[("hard", 0.0)] * (not dry_run)]
+        for modulation, tolerance in cases:
+            call = partial(patch_nce, sr.detach(), gt, modulation=modulation, tolerance=tolerance)
             name = f"PatchNCE {batch} x {channels} x {places}, {modulation}, tolerance {tolerance:g}"
             results.add(name, lambda call=call: {"ms": graph_ms(call, device, 2), "wall ms": wall_ms(call, device)})
 

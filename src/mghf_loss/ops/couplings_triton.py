@@ -10,8 +10,9 @@ tf32 numbers, the maps as one. Rounded by integer arithmetic, as tensor cores tr
 a pyramid: more than 13 details, or 64 hidden channels, go to cuDNN.
 """
 
-# Compile-time parameters take plain Python values.
-# pyright: reportArgumentType=false, reportOperatorIssue=false
+# Compile-time parameters take plain Python values, and decide which names there are.
+# pyright: reportArgumentType=false, reportOperatorIssue=false, reportCallIssue=false, reportAssignmentType=false
+# pyright: reportPossiblyUnboundVariable=false
 
 from __future__ import annotations
 
