@@ -269,7 +269,7 @@ def losses(results: Results, device: Any, dry_run: bool) -> None:
 
     sr, gt = images(device, dry_run)
     known = entries("bundled")
-    names = ["MGHFLoss", "MGHFnLoss", "MGHFLoss paper", "MGHFLoss GT-conditioned", "lpips alex", "lpips vgg"]
+    names = ["MGHFLoss", "MGHFnLoss", "MGHFLoss paper", "MGHFLoss sharp", "lpips alex", "lpips vgg"]
     if dry_run:
         names = names[:1]
 

@@ -34,9 +34,8 @@ LAUNCHES = {
 LOSSES: dict[str, Callable[[], torch.nn.Module]] = {
     "MGHFnLoss": MGHFnLoss,
     "MGHFLoss": MGHFLoss,
-    "MGHFLoss, GT-conditioned": lambda: MGHFLoss(conditioning="gt"),
+    'MGHFLoss("sharp")': lambda: MGHFLoss("sharp"),
     'MGHFLoss("paper")': lambda: MGHFLoss("paper"),
-    'MGHFLoss("paper"), GT-conditioned': lambda: MGHFLoss("paper", conditioning="gt"),
 }
 
 

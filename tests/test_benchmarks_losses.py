@@ -23,7 +23,7 @@ def measure(table: Path, *arguments: str) -> tuple[str, list[dict[str, str]]]:
 
 def test_settings_are_measured_and_merged(tmp_path):
     table = tmp_path / "losses.csv"
-    ours = ["MGHFnLoss", "MGHFLoss", "MGHFnLoss low memory", "SR step"]
+    ours = ["MGHFLoss", "MGHFLoss sharp", "MGHFLoss sharp low memory", "SR step"]
     _, rows = measure(table, "--sizes", "16", "24", "--batches", "1", "2", "--only", *ours)
     assert [(row["batch"], row["size"], row["loss"]) for row in rows] == [
         (batch, size, loss) for batch in "12" for size in ("16", "24") for loss in ours
@@ -36,7 +36,7 @@ def test_settings_are_measured_and_merged(tmp_path):
         assert float(row["share_of_sr_step"]) > 0
         assert (float(row["share_of_sr_step"]) == 1) == (row["loss"] == "SR step")
     saved = {row["loss"]: float(row["saved_mib"]) for row in rows if (row["batch"], row["size"]) == ("2", "24")}
-    assert 0 < saved["MGHFnLoss low memory"] < saved["MGHFnLoss"]
+    assert 0 < saved["MGHFLoss sharp low memory"] < saved["MGHFLoss sharp"]
 
     _, again = measure(table, "--sizes", "24", "--batches", "1", "--only", "content")
     assert len(again) == len(rows) + 1  # a loss more, and nothing else is lost

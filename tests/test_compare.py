@@ -63,6 +63,15 @@ def test_values_of_two_files_are_those_of_python(tmp_path, capsys):
     assert sum(shares) == pytest.approx(100, abs=0.3)
 
 
+def test_the_average_over_shifts_is_that_of_python(tmp_path):
+    sr, gt = save_pair(tmp_path, "a.png", size=32)
+    assert run(sr, gt, "--json", tmp_path / "a.json", "--shift", "average", "--preset", "gan") == 0
+    written = json.loads((tmp_path / "a.json").read_text())
+    assert written["settings"]["shift"] == "average"
+    total, _ = distance(MGHFLoss("gan", shift="average"), read_image(sr), read_image(gt))
+    assert written["images"][0]["sr"]["total"] == total.item()
+
+
 def test_all_distances_of_equal_files_are_0(tmp_path, capsys):
     _, gt = save_pair(tmp_path, "a.png")
     assert run(gt, gt, "--json", tmp_path / "a.json") == 0

@@ -31,7 +31,7 @@ LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", 
 
 def run(*command: str, folder: Path, **environment: str) -> str:
     finished = subprocess.run(
-        command, cwd=folder, env={**ENVIRONMENT, **environment}, capture_output=True, text=True, timeout=300
+        command, cwd=folder, env={**ENVIRONMENT, **environment}, capture_output=True, text=True, timeout=600
     )
     assert finished.returncode == 0, finished.stderr
     return finished.stdout

@@ -19,7 +19,7 @@ LOSSES = [MGHFLoss, MGHFnLoss, DinoJSDLoss]
     [
         ({"data_range": 255}, r"use input_range=\(black, white\)"),
         ({"normalize": True}, r"use input_range=\(0, 1\) for images in \[0, 1\]"),
-        ({"loss_weight": 0.1}, r"multiply the loss, 0\.05 \* criterion\(sr, gt\)"),
+        ({"loss_weight": 0.1}, r"multiply the loss, 0\.5 \* criterion\(sr, gt\)"),
         ({"size_average": True}, 'use reduction="mean"'),
     ],
 )

@@ -204,7 +204,10 @@ def python_outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[
             hub.add("org/name", files, revision)
         hub.add(f"timm/{DEFAULT_MODEL}", {"model.safetensors": weights})
         with Client(requests, url=hub.url, home=tmp_path_factory.mktemp("home")) as client:
-            return {page_name(page): outcome for page, outcome in zip(folders, client.outcomes().values(), strict=True)}
+            return {
+                page_name(page): outcome
+                for page, outcome in zip(folders, client.outcomes(timeout=600).values(), strict=True)
+            }
 
 
 @pytest.mark.xdist_group("readme")  # shares the fixture

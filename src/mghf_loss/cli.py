@@ -95,6 +95,11 @@ def _parser() -> argparse.ArgumentParser:
         "--heatmap", type=Path, metavar="OUT", help="write where each term arises: a picture, or a folder of pictures"
     )
     compare.add_argument("--preset", help="preset of MGHFLoss [its default]")
+    compare.add_argument(
+        "--shift",
+        choices=("average", "random", "none"),
+        help="shifts of the Haar grid: average is for small images and reports, and slower [the preset's]",
+    )
     compare.add_argument("--inn", default="bundled", help="checkpoint of the invertible network")
     compare.add_argument("--dino", action="store_true", help="add the DINO term, which downloads DINOv2 from the Hub")
     compare.add_argument("--patches", type=int, default=256, help="locations of PatchNCE per level of a tile")
@@ -238,12 +243,12 @@ def _compare(options: argparse.Namespace) -> None:
     from . import compare
 
     device = _usable(options.device)
-    preset = {} if options.preset is None else {"preset": options.preset}
+    chosen = {name: getattr(options, name) for name in ("preset", "shift") if getattr(options, name) is not None}
     coefficients = {"dino_jsd": 1.0} if options.dino else {}
 
     def build(patches: int | None) -> MGHFLoss:
         settings = {"coefficients": coefficients, "inn": options.inn, "patches": patches, "cache_gt": True}
-        return MGHFLoss(**preset, **settings).to(device)
+        return MGHFLoss(**chosen, **settings).to(device)
 
     criterion = build(options.patches)
     dense = None if options.heatmap is None else build(None)
@@ -270,6 +275,7 @@ def _compare(options: argparse.Namespace) -> None:
         compare.write_csv(options.csv, result)
     if options.json is not None:
         settings = {"version": __version__, "tile": options.tile, "patches": options.patches, "inn": options.inn}
+        settings |= {"preset": options.preset, "shift": criterion.shift}
         compare.write_json(options.json, result, {**settings, "coefficients": dict(criterion.coefficients)})
     for path in filter(None, (options.csv, options.json, options.heatmap)):
         print(f"wrote {path}")

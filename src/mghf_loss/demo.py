@@ -16,10 +16,11 @@ from tqdm import tqdm
 
 from ._files import check_output, write_atomically, write_table
 from .metric import distance
-from .mghf import MGHFLoss
+from .mghf import MGHFLoss, Preset
 from .toy import TRAINING_PHOTOGRAPHS, SmallSR, downscale, photograph, random_crop, upscale
 
 UNSEEN_PHOTOGRAPHS = {"chelsea": (110, 130), "coffee": (160, 330)}  # with the corner of the crop to zoom into
+PRESETS: tuple[Preset, ...] = ("balanced", "sharp")
 ZOOM = 72
 EVALUATIONS = 12
 
@@ -34,15 +35,15 @@ class Run:
 
 
 def run_demo(out: Path, steps: int, seed: int, device: str) -> list[dict[str, object]]:
-    """Train with L1 and with L1 + MGHFLoss from one seed, write table and pictures to `out`, return the table."""
+    """Train with L1 alone and beside MGHFLoss from one seed, write table and pictures to `out`, return the table."""
     check_output(out)
     train = [photograph(name).to(device) for name in TRAINING_PHOTOGRAPHS]
     unseen = [photograph(name).to(device) for name in UNSEEN_PHOTOGRAPHS]
-    criterion = MGHFLoss().to(device)
-    runs = [_train(with_mghf, criterion, train, unseen, steps, seed) for with_mghf in (False, True)]
+    judge = MGHFLoss().to(device)
+    runs = [_train(preset, judge, train, unseen, steps, seed) for preset in (None, *PRESETS)]
     images = {"bicubic": [upscale(downscale(gt)).clamp(0, 1) for gt in unseen]}
     images |= {run.name: _restore(run.model, unseen) for run in runs}
-    table = [_judge(name, srs, unseen, criterion) for name, srs in images.items()]
+    table = [_judge(name, srs, unseen, judge) for name, srs in images.items()]
     write_table(out / "table.csv", table)
     _plot_crops(out / "crops.png", images, unseen)
     _plot_terms(out / "terms.png", runs)
@@ -50,12 +51,13 @@ def run_demo(out: Path, steps: int, seed: int, device: str) -> list[dict[str, ob
 
 
 def _train(
-    with_mghf: bool, criterion: MGHFLoss, train: list[Tensor], unseen: list[Tensor], steps: int, seed: int
+    preset: Preset | None, judge: MGHFLoss, train: list[Tensor], unseen: list[Tensor], steps: int, seed: int
 ) -> Run:
-    """Train with L1, or with L1 + `criterion`."""
+    """Train with L1, or with L1 + MGHFLoss(preset)."""
     torch.manual_seed(seed)
     device = unseen[0].device
-    run = Run("L1 + MGHFLoss" if with_mghf else "L1", SmallSR().to(device))
+    run = Run("L1" if preset is None else f"L1 + {preset}", SmallSR().to(device))
+    criterion = None if preset is None else MGHFLoss(preset).to(device)
     optimiser = torch.optim.Adam(run.model.parameters(), lr=1e-3)
     warm_up = 0.1 if steps > 10 else 0.3  # OneCycleLR divides by steps * warm_up - 1
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=1.5e-3, total_steps=steps, pct_start=warm_up)
@@ -65,7 +67,7 @@ def _train(
         gt = torch.cat([random_crop(train, crops) for _ in range(8)])
         sr = run.model(downscale(gt))
         loss = F.l1_loss(sr, gt)
-        if with_mghf:
+        if criterion is not None:
             loss = loss + criterion(sr, gt)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
@@ -74,7 +76,7 @@ def _train(
         optimiser.step()
         schedule.step()
         if step % max(1, steps // EVALUATIONS) == 0 or step + 1 == steps:
-            run.terms[step + 1] = _terms(_restore(run.model, unseen), unseen, criterion)
+            run.terms[step + 1] = _terms(_restore(run.model, unseen), unseen, judge)
             progress.set_postfix(loss=f"{loss.item():.4f}")
     return run
 

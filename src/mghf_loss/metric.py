@@ -14,8 +14,7 @@ from .criterion import Criterion
 
 TILE = 512
 UNIT = 8
-# Terms that are not exactly 0 for equal images: PatchNCE cannot tell locations that look alike, and r is rounded.
-OFFSET = {"correlation", "patch_nce"}
+OFFSET = "patch_nce"  # the term that is not 0 for equal images, because some locations look alike
 
 Value = tuple[Tensor, dict[str, Tensor]]
 
@@ -31,13 +30,15 @@ def distance(criterion: Criterion, sr: Tensor, gt: Tensor, *, tile: int = TILE) 
     >>> total > 0, distance(MGHFLoss(), gt, gt)[0]
     (tensor(True), tensor(0.))
 
-    The image is cut into `tile_slices`. The value of a term is the mean over tiles of term(sr, gt) - term(gt, gt),
-    weighted by the areas of the tiles; the total is the sum of coefficient * term. The second part is 0 for `content`
-    and `style`. It is the value of PatchNCE that no image can avoid, so near GT the difference may fall below 0. An
-    image that fits into one tile has the terms of `criterion(sr, gt)`, less the second part.
+    The image is cut into `tile_slices`. The value of a term is its mean over tiles, weighted by their areas; the total
+    is the sum of coefficient * term. With PatchNCE, the value of every term is term(sr, gt) - term(gt, gt), because no
+    image can avoid the second part, which is 0 for the other terms; near GT the difference may fall below 0. Rounding
+    apart, an image that fits into one tile has the terms of `criterion(sr, gt)` without PatchNCE.
 
     Memory depends on the tile, not on the image. Values depend on the tile, because statistics such as Gram matrices
-    are those of a tile: compare values of one tile size only.
+    are those of a tile: compare values of one tile size only. With the criterion's `shift="random"` every tile has its
+    own shift, which follows from GT. `MGHFLoss(shift="average")` averages over all of them, for small images and
+    reports.
 
     Args:
         criterion: one of the three losses.
@@ -73,12 +74,14 @@ def distances(
         share = gt_tile.shape[2] * gt_tile.shape[3] / area
         zero = None
         for sr, total in zip(srs, sums, strict=True):
-            values = _term_values(criterion, sr[..., rows, columns], gt_tile)
-            if zero is None and OFFSET & values.keys():
+            sr_tile = sr[..., rows, columns]
+            values = _term_values(criterion, sr_tile, gt_tile)
+            if zero is None and OFFSET in values:
                 zero = _term_values(criterion, gt_tile, gt_tile)
+            equal = (sr_tile == gt_tile).flatten(1).all(1)  # where rounding alone would be left
             for name, value in values.items():
                 excess = value if zero is None else value - zero[name]
-                total[name] = total.get(name, 0) + share * excess
+                total[name] = total.get(name, 0) + share * excess.masked_fill(equal, 0)
         progress()
     return [_reduced(criterion, values) for values in sums]
 

@@ -54,7 +54,7 @@ class MGHFLogger(Callback):
       values do not wait for `log_every_n_steps`.
     - Validation: `mghf/val/loss` and `mghf/val/term/<name>` through the module's `self.log`, as means over all batches
       and processes, so that `ModelCheckpoint(monitor="mghf/val/loss")` finds them; the energies of the first batch. A
-      second data loader logs `mghf/val1/...`.
+      second data loader logs `mghf/val1/...`. The step is the one that Lightning gives to what a module logs.
     - Pictures, of the first process: those of `mghf_loss.integrations.tensorboard.log_pair`, to each
       `TensorBoardLogger`, at the steps of training, and of the first batch of each data loader in validation.
 

@@ -40,8 +40,9 @@ class MGHFMetric(Metric):
     tensor(True)
 
     Args:
-        criterion: one of the three losses, which is taken over and moves with the metric; None for `MGHFLoss()`. Its
-            `reduction` does not matter: every image counts as much.
+        criterion: one of the three losses, which is taken over and moves with the metric; None for `MGHFLoss()`.
+            `MGHFLoss(shift="average")` is slower and more accurate for small images. Its `reduction` does not
+            matter: every image counts as much.
         return_terms: compute a dictionary of the unweighted terms and `"total"`, instead of the total.
         tile: largest side of a tile, see `mghf_loss.metric.distance`.
         options: of `torchmetrics.Metric`, for instance `dist_sync_on_step`.
