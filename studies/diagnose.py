@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from benchmarks.machine import provenance
 from mghf_loss.mghf import PRESETS
-from mghf_loss.toy import downscale, photograph, upscale
+from mghf_loss.toy import downscale, middle, photograph, upscale
 
 from . import command, config, losses, photographs, tables, tasks
 from .config import L1, LossSpec
@@ -203,7 +203,7 @@ def images(folder: Path | None, device: str) -> Tensor:
     else:
         photographs.check(folder, SIDE)
         pixels = photographs.load(folder)[: len(PHOTOGRAPHS)]
-    return photographs.unit_range(torch.stack([photographs.middle(image, SIDE) for image in pixels]), device)
+    return photographs.unit_range(torch.stack([middle(image, SIDE) for image in pixels]), device)
 
 
 def work(arguments: argparse.Namespace) -> None:

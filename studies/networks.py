@@ -19,17 +19,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from mghf_loss import HighFrequencyINN, INNConfig
 from mghf_loss._files import format_table, write_atomically
-from mghf_loss.mghf import PRESETS
-from mghf_loss.toy import downscale, upscale
+from mghf_loss.calibrate import gradient_ratios
+from mghf_loss.mghf import PRESETS, Preset
+from mghf_loss.toy import downscale, middle, upscale
 from mghf_loss.training.evaluation import network_bits
 from mghf_loss.training.loop import TrainConfig, train_inn
 
-from . import command, losses, photographs
+from . import command, photographs
 from .store import slug
 
 BASE = INNConfig(noise_floor=12.0)
@@ -43,7 +43,7 @@ CANDIDATES = {
     "noise 16": replace(BASE, noise_floor=16.0),
     "clamp 1": replace(BASE, clamp=1.0),
 }
-PRESET = "paper"
+PRESET: Preset = "paper"
 CROPS, CROP = 32, 96
 TUNING_SIDE = 320
 
@@ -58,20 +58,12 @@ def train(name: str, images: Path, out: Path, steps: int, device: str) -> Path:
     return folder
 
 
-def gradients(network: str, sr: Tensor, gt: Tensor) -> dict[str, float]:
-    """Gradient ratio of each term of MGHFLoss on a network."""
-    active = [term for term, factor in PRESETS[PRESET].coefficients.items() if factor]
-    alone = {term: {other: float(other == term) for other in active} for term in active}
-    built = {term: losses.build("MGHFLoss", {"network": network, "coefficients": alone[term]}) for term in active}
-    return {term: losses.gradient_ratio(loss, sr, gt) for term, loss in built.items()}
-
-
 def write_config(path: Path, coefficients: Mapping[str, tuple[str, Mapping[str, float]]], task: str) -> None:
     """A study of losses {name: (network, coefficients)}; JSON's strings and numbers are TOML's too."""
     lines = ["[losses]"]
     for name, (network, factors) in coefficients.items():
         table = ", ".join(f"{term} = {factor:.4g}" for term, factor in factors.items())
-        options = f"{{ network = {json.dumps(network)}, coefficients = {{ {table} }} }}"
+        options = f"{{ preset = {json.dumps(PRESET)}, network = {json.dumps(network)}, coefficients = {{ {table} }} }}"
         lines.append(f'{json.dumps(name)} = {{ type = "MGHFLoss", options = {options} }}')
     lines += [
         "",
@@ -89,20 +81,17 @@ def work(arguments: argparse.Namespace) -> None:
         photographs.check(folder, CROP)
     images = photographs.load(arguments.train)
     gt = photographs.unit_range(photographs.random_crops(images, CROPS, CROP, torch.Generator().manual_seed(0)))
-    sr = upscale(downscale(gt))
-    wanted = gradients("bundled", sr, gt)
-    rows, found = [], {"bundled": ("bundled", {term: PRESETS[PRESET].coefficients[term] for term in wanted})}
+    pairs, preset = [(upscale(downscale(gt)), gt)], PRESETS[PRESET].coefficients
+    wanted = gradient_ratios(PRESET, pairs)
+    rows, found = [], {"bundled": ("bundled", {term: preset[term] for term in wanted})}
     for name in tqdm(["bundled", *arguments.only], desc="networks", unit="network"):
         if name != "bundled":
             path = str(train(name, arguments.train, arguments.out, arguments.steps, arguments.device).resolve())
-            ratios = gradients(path, sr, gt)
-            found[name] = (
-                path,
-                {term: PRESETS[PRESET].coefficients[term] * wanted[term] / ratios[term] for term in ratios},
-            )
+            ratios = gradient_ratios(PRESET, pairs, path)
+            found[name] = path, {term: preset[term] * wanted[term] / ratio for term, ratio in ratios.items()}
         network = HighFrequencyINN.from_pretrained(found[name][0])
         generator = torch.Generator().manual_seed(0)
-        images = [photographs.middle(image, TUNING_SIDE)[None] for image in photographs.load(arguments.tune)]
+        images = [middle(image, TUNING_SIDE)[None] for image in photographs.load(arguments.tune)]
         bits = [network_bits(network, image, generator, "cpu") for image in images]
         parameters = sum(parameter.numel() for parameter in network.parameters())
         row = {"candidate": name, "parameters": parameters, "bits": statistics.mean(bits), **found[name][1]}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mghf_loss._files import open_image, read_pixels
-from mghf_loss.toy import SCALE
+from mghf_loss.toy import middle
 from mghf_loss.training.data import list_images
 
 LEAST_SIDE = 200  # two NIQE blocks of 96 and the border that judges cut
@@ -30,13 +30,6 @@ def load(folder: Path) -> list[Tensor]:
     """The photographs below `folder`, (3, H, W), uint8, cut to multiples of 4."""
     images = [read_pixels(path) for path in list_images(folder)]
     return [middle(image, max(image.shape)) for image in images]
-
-
-def middle(image: Tensor, side: int) -> Tensor:
-    """The middle of (3, H, W), at most `side` high and wide, cut to multiples of 4."""
-    height, width = (min(length, side) // SCALE * SCALE for length in image.shape[-2:])
-    top, left = (image.shape[-2] - height) // 2, (image.shape[-1] - width) // 2
-    return image[:, top : top + height, left : left + width]
 
 
 def unit_range(pixels: Tensor, device: str = "cpu") -> Tensor:

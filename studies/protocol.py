@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from mghf_loss import checkpoints
 from mghf_loss._files import write_atomically
+from mghf_loss.toy import middle
 
 from . import losses, models, photographs
 from .config import L1, Config, Track
@@ -358,7 +359,7 @@ class Study:
         return photographs.load(self.folders.train)
 
     def gts(self, folder: Path, side: int) -> list[Tensor]:
-        return [photographs.unit_range(photographs.middle(i, side), self.device) for i in photographs.load(folder)]
+        return [photographs.unit_range(middle(i, side), self.device) for i in photographs.load(folder)]
 
     @cached_property
     def tuning_judge(self) -> tuple[list[Tensor], Judge]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import _checks
 from .mghf import PRESETS, MGHFLoss, Preset
-from .toy import SCALE, downscale, upscale
+from .toy import downscale, middle, upscale
 
 if TYPE_CHECKING:
     from .inn import HighFrequencyINN
@@ -101,7 +101,7 @@ def calibrate(
         if image.std() < 1 / 255:
             raise ValueError(f"images[{index}] must show something, got a standard deviation of {image.std():.2g}")
     generator = torch.Generator().manual_seed(0)
-    gts = [_middle(image) for image in images]
+    gts = [middle(image, SIDE) for image in images]
     found = gradient_ratios(preset, [(degrade(gt, chosen, generator), gt) for gt in gts], inn)
     return {name: float(f"{RATIOS[preset][name] / ratio:.3g}") for name, ratio in found.items()}
 
@@ -109,10 +109,3 @@ def calibrate(
 def default_task(preset: Preset) -> Task:
     """What a preset is for."""
     return "denoise" if preset == "denoise" else "sr"
-
-
-def _middle(image: Tensor) -> Tensor:
-    """Cut the middle of at most `SIDE` pixels, a multiple of the scale."""
-    height, width = (min(side // SCALE * SCALE, SIDE) for side in image.shape[-2:])
-    top, left = (image.shape[-2] - height) // 2, (image.shape[-1] - width) // 2
-    return image[..., top : top + height, left : left + width]

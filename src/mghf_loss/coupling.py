@@ -16,10 +16,10 @@ from .ops.couplings import (
     MAX_HIDDEN,
     MAX_HIDDEN_WITH_GRADIENT,
     bottleneck,
+    bottleneck_backward,
     coupling,
     pad,
     pad_mode,
-    unpad,
 )
 
 
@@ -83,12 +83,9 @@ class _FrozenBottleneck(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        first, second, w1, w2, w3 = ctx.saved_tensors
-        with torch.autocast(first.device.type, enabled=False):  # the caller's, where backward() is inside
-            # The transpose of a convolution: channels swapped, taps flipped, full padding.
-            gradient = convolution(gradients[0], w3.transpose(0, 1)).mul_(second)
-            gradient = convolution(gradient, w2.flip(-2, -1), padding=2, groups=w2.shape[0]).mul_(first)
-            return unpad(convolution(gradient, w1.transpose(0, 1)), ctx.pad_mode), *[None] * 6
+        with torch.autocast(gradients[0].device.type, enabled=False):  # the caller's, where backward() is inside
+            gradient = bottleneck_backward(gradients[0], *ctx.saved_tensors, mode=ctx.pad_mode)
+        return gradient, *[None] * 6
 
 
 class ChannelMixing(InvertibleModule):

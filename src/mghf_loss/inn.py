@@ -152,12 +152,11 @@ class Level(nn.Module):
 
     def _step(self, k: int, details: Tensor, low: Tensor) -> Tensor:
         """Mixing and coupling number k."""
-        fused = fused_coupling(*self._pairs()[k], details, low * self.condition_scale)
-        if fused is not None:
-            return fused[0]
-        for module in (self.flow[2 * k], self.flow[2 * k + 1]):
-            (details,), _ = module((details,), c=[low * self.condition_scale], jac=False)
-        return details
+        (mixing, coupling), condition = self._pairs()[k], low * self.condition_scale
+        found = fused_coupling(mixing, coupling, details, condition)
+        if found is None:
+            found = coupling.transform(mixing.transform(details), condition)
+        return found[0]
 
     # Nothing random is in there whose state would have to be kept.
     _checkpoint = staticmethod(partial(checkpoint, use_reentrant=False, preserve_rng_state=False))

@@ -56,6 +56,13 @@ def downscale(gt: Tensor) -> Tensor:
     return F.interpolate(gt, size, mode="bicubic", antialias=True, align_corners=False)
 
 
+def middle(image: Tensor, side: int) -> Tensor:
+    """The middle of (..., H, W), at most `side` high and wide, cut to multiples of 4."""
+    height, width = (min(length, side) // SCALE * SCALE for length in image.shape[-2:])
+    top, left = (image.shape[-2] - height) // 2, (image.shape[-1] - width) // 2
+    return image[..., top : top + height, left : left + width]
+
+
 def photograph(name: str) -> Tensor:
     """One of scikit-image's photographs as (1, 3, H, W) in [0, 1], cut to multiples of 4."""
     from skimage import data

@@ -76,7 +76,7 @@ def energies(criterion: Criterion, sr: Tensor, gt: Tensor) -> dict[str, float]:
     found: dict[str, float] = {}
     if inn is not None:
         for name, image in (("sr", sr), ("gt", gt)):
-            image = rescale(image.to(next(inn.network.parameters()).dtype), criterion.input_range, (-1.0, 1.0))
+            image = rescale(inn.like(image), criterion.input_range, (-1.0, 1.0))
             for level, features in enumerate(inn.network.features(image), 1):
                 found[f"energy/level{level}_{name}"] = features.square().mean().item()
     return found

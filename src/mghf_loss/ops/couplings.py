@@ -76,13 +76,20 @@ def kept_backward_formula(
     precision: str,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of x and of the low-pass band from that of z."""
-    n1 = scale.shape[1]
+    n1, mode = scale.shape[1], pad_mode(gradient)
+
+    def backward(gradient: Tensor, first: Tensor, second: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+        weights = parameters[::2]
+        first, second = (_unpacked(signs, len(weights[0])) for signs in (first, second))
+        first = F.pad(first.to(gradient.dtype), (1, 1, 1, 1), mode=mode)  # padding of integers is not implemented
+        return bottleneck_backward(gradient, first, second, *weights, mode=mode)
+
     with torch.autocast(gradient.device.type, enabled=False):
         first, second = gradient[:, :n1], gradient[:, n1:]
         rho = first * z1 * scale * (1 - (scale.log() / clamp).square())
-        both = _bottleneck_backward(torch.cat((rho, first), 1), signs[:, 2], signs[:, 3], rho_eta)
+        both = backward(torch.cat((rho, first), 1), signs[:, 2], signs[:, 3], rho_eta)
         second, low = second + both[:, : second.shape[1]], both[:, second.shape[1] :]
-        both = _bottleneck_backward(second, signs[:, 0], signs[:, 1], phi)
+        both = backward(second, signs[:, 0], signs[:, 1], phi)
         mixed = torch.cat((first * scale + both[:, :n1], second), 1)
         return convolution(mixed, matrix.T[:, :, None, None]), low + both[:, n1:]
 
@@ -92,28 +99,16 @@ def _packed(hidden: Tensor) -> Tensor:
     return ((hidden > 0).to(torch.int32) << bits[:, None, None]).sum(1, dtype=torch.int32)
 
 
-def _bottleneck_backward(gradient: Tensor, first: Tensor, second: Tensor, parameters: Sequence[Tensor]) -> Tensor:
-    w1, _, w2, _, w3, _ = parameters
-    bits = torch.arange(w1.shape[0], device=first.device, dtype=torch.int32)[:, None, None]
-    first = F.pad((first[:, None] >> bits & 1).to(gradient.dtype), (1, 1, 1, 1), mode=pad_mode(gradient))
-    gradient = convolution(gradient, w3.transpose(0, 1)) * (second[:, None] >> bits & 1)
-    gradient = convolution(gradient, w2.flip(-2, -1), padding=2, groups=w2.shape[0]) * first
-    return unpad(convolution(gradient, w1.transpose(0, 1)), pad_mode(first[..., 1:-1, 1:-1]))
+def _unpacked(signs: Tensor, hidden: int) -> Tensor:
+    bits = torch.arange(hidden, device=signs.device, dtype=torch.int32)
+    return signs[:, None] >> bits[:, None, None] & 1
 
 
 operator = torch.library.custom_op("mghf_loss::coupling", coupling_formula, mutates_args=())
 
 
 @operator.register_fake
-def _(
-    x: Tensor,
-    low: Tensor,
-    matrix: Tensor,
-    phi: Sequence[Tensor],
-    rho_eta: Sequence[Tensor],
-    clamp: float,
-    precision: str,
-) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     batch, channels, height, width = x.shape
     return x.new_empty(x.shape), x.new_empty((batch, channels - channels // 2, height, width))
 
@@ -125,15 +120,7 @@ kept_backward_operator = torch.library.custom_op(
 
 
 @kept_operator.register_fake
-def _(
-    x: Tensor,
-    low: Tensor,
-    matrix: Tensor,
-    phi: Sequence[Tensor],
-    rho_eta: Sequence[Tensor],
-    clamp: float,
-    precision: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, channels, height, width = x.shape
     scale = x.new_empty((batch, channels - channels // 2, height, width))
     signs = x.new_empty((batch, 4, height, width), dtype=torch.int32)
@@ -141,17 +128,7 @@ def _(
 
 
 @kept_backward_operator.register_fake
-def _(
-    gradient: Tensor,
-    scale: Tensor,
-    z1: Tensor,
-    signs: Tensor,
-    matrix: Tensor,
-    phi: Sequence[Tensor],
-    rho_eta: Sequence[Tensor],
-    clamp: float,
-    precision: str,
-) -> tuple[Tensor, Tensor]:
+def _(gradient: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     batch, _, height, width = gradient.shape
     return gradient.new_empty(gradient.shape), gradient.new_empty((batch, 3, height, width))
 
@@ -245,3 +222,13 @@ def bottleneck(x: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     first = convolution(x, w1, b1).relu_()
     second = convolution(first, w2, b2, groups=w2.shape[0]).relu_()
     return convolution(second, w3, b3), first, second
+
+
+def bottleneck_backward(
+    gradient: Tensor, first: Tensor, second: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, *, mode: str
+) -> Tensor:
+    """Gradient of x in `bottleneck(pad(x), ...)`, given where the hidden maps are positive, as 1 and 0."""
+    # The transpose of a convolution: channels swapped, taps flipped, full padding.
+    gradient = convolution(gradient, w3.transpose(0, 1)).mul_(second)
+    gradient = convolution(gradient, w2.flip(-2, -1), padding=2, groups=w2.shape[0]).mul_(first)
+    return unpad(convolution(gradient, w1.transpose(0, 1)), mode)

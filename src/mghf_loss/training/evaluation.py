@@ -275,28 +275,17 @@ def plot_evaluation(path: Path, evaluation: Evaluation) -> None:
     """Draw code lengths, the features of each level and the responses."""
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4), layout="constrained")
     noises = sorted({row["noise"] for row in evaluation.coders})
-    coders = list(dict.fromkeys(row["coder"] for row in evaluation.coders))
-    for i, coder in enumerate(coders):
-        values = {row["noise"]: _number(row["bits_per_value"]) for row in evaluation.coders if row["coder"] == coder}
-        places = np.arange(len(noises)) + (i - (len(coders) - 1) / 2) * 0.81 / len(coders)
-        bars = left.bar(places, [values[noise] for noise in noises], 0.75 / len(coders), label=str(coder))
-        left.bar_label(bars, fmt="%.2f", fontsize=8)
-    left.set_xticks(range(len(noises)), [f"noise {noise:g}/255" for noise in noises])
+    bits: dict[str, list[float]] = {}
+    for row in sorted(evaluation.coders, key=lambda row: row["noise"]):
+        bits.setdefault(str(row["coder"]), []).append(_number(row["bits_per_value"]))
+    _grouped_bars(left, [f"noise {noise:g}/255" for noise in noises], bits, legend_columns=len(bits))
     left.set_ylabel("bits per value")
     left.set_title("code length of the same 8-bit pixels")
-    left.margins(y=0.25)
-    left.legend(ncols=len(coders), loc="upper center")
     networks = list(dict.fromkeys(row["network"] for row in evaluation.levels))
     levels = [row for row in evaluation.levels if row["network"] == networks[0] and row["std"] is not None]
-    names = [str(row["level"]) for row in levels]
-    for i, key in enumerate(("std", "std_without_noise", "excess_kurtosis", "neighbour_correlation")):
-        heights = [_number(row[key]) for row in levels]
-        bars = middle.bar(np.arange(len(names)) + (i - 1.5) * 0.2, heights, 0.19, label=key.replace("_", " "))
-        middle.bar_label(bars, fmt="%.2f", fontsize=7)
-    middle.set_xticks(range(len(names)), names)
+    statistics = {key.replace("_", " "): [_number(row[key]) for row in levels] for key in FEATURE_STATISTICS}
+    _grouped_bars(middle, [str(row["level"]) for row in levels], statistics, legend_columns=2)
     middle.set_title(f"features of {networks[0]} (normal and white: std 1, others 0)")
-    middle.margins(y=0.25)
-    middle.legend(ncols=2, loc="upper center")
     for i, name in enumerate(networks):
         responses = [row for row in evaluation.responses if row["network"] == name]
         places = np.arange(len(responses)) + (i - (len(networks) - 1) / 2) * 0.8 / len(networks)
@@ -395,8 +384,6 @@ def eval_inn(
 
     The tables show the bundled network beside another one, on the same pixels.
     """
-    import matplotlib.pyplot  # noqa: F401  a missing extra, picture or folder shows before the work, not after it
-
     network = HighFrequencyINN.from_pretrained(inn).to(device)
     paths = list_images(folder, except_below=out)
     picture = features_of and read_image(features_of)  # a missing picture or folder shows before the work
