@@ -75,8 +75,8 @@ class Track:
         model: of `models.MODELS`.
         task: of `tasks.TASKS`.
         seeds: the first one chooses the factors.
-        critic: weights of an adversarial loss. They are the axis then, and the factors come from `factors_of`.
-        factors_of: the track that chose the factors.
+        critic: weights of an adversarial loss. They are the axis then.
+        factors_of: the track that chose the factors, if not this one; it must, beside a critic.
     """
 
     name: str
@@ -174,8 +174,8 @@ def _check_tracks(config: Config) -> None:
         if not track.seeds:
             raise ValueError(f"{where}: seeds must name one at least")
         _numbers(f"{where}: critic", track.critic, 1e-9)
-        if bool(track.critic) != (track.factors_of is not None):
-            raise ValueError(f"{where}: critic and factors_of, the track that chooses the factors, go together")
+        if track.critic and track.factors_of is None:
+            raise ValueError(f"{where}: critic needs factors_of, the track that chooses the factors")
         if track.factors_of is not None:
             check_known(f"factors_of of {where}", track.factors_of, names)
             source = config.track(track.factors_of)

@@ -1,6 +1,7 @@
 """The protocol: a stored L1 model, fine-tuned with every loss at factors that bracket the best one, then judged.
 
-1. One L1 model for each architecture, task and seed, trained until its PSNR on the tuning photographs stops rising.
+1. One L1 model for each architecture, task and seed (one for all noises), trained until its PSNR on the tuning
+   photographs stops rising.
 2. For every loss the ratio of its gradient to L1's, with respect to the L1 model's images: a factor is given as a
    multiple of the one that makes the two equal.
 3. Every loss fine-tunes the L1 model for the same steps on the same crops: L1 + factor * loss. "L1" is L1 alone.
@@ -33,7 +34,7 @@ from . import losses, models, photographs
 from .config import L1, Config, Track
 from .metrics import METRICS, Judge, Values, mean
 from .store import open_folder, read_json, result_path
-from .tasks import degrade
+from .tasks import degrade, of_base
 from .training import DivergenceError, Objective, restore, train
 
 TUNING_SIDE = 320
@@ -168,7 +169,11 @@ class Study:
     # Where things are.
 
     def base(self, run: Run) -> Run:
-        """The L1 model that a run starts from, or as a run that model after the same steps of L1."""
+        """The L1 model that a run starts from."""
+        return Run(run.model, of_base(run.task), run.seed)
+
+    def l1(self, run: Run) -> Run:
+        """That model after the same steps of L1."""
         return Run(run.model, run.task, run.seed)
 
     def identity(self, run: Run) -> dict[str, Any]:
@@ -210,10 +215,10 @@ class Study:
         """What makes a run's images: its model, or the L1 model and a training-free change."""
         if not self.is_training_free(run):
             return self.load(run)
-        spec, base = self.config.losses[run.loss], self.base(run)
-        change = models.CHANGES[spec.type](self.load(base), run.ratio, **spec.options).to(self.device)
+        spec, l1 = self.config.losses[run.loss], self.load(self.l1(run))
+        change = models.CHANGES[spec.type](l1, run.ratio, **spec.options).to(self.device)
         if isinstance(change, models.LatentGain):
-            change.fit(*self.calibration_images(base, "runs"))
+            change.fit(*self.calibration_images(l1, run.task))
         return change
 
     def save(self, path: Path, model: nn.Module) -> None:
@@ -241,7 +246,7 @@ class Study:
         if kind == "runs" and (calibration := self.calibration(run)) is not None:
             needed.append(("calibrations", calibration))
         if kind == "runs" and self.is_training_free(run):
-            needed.append(("runs", self.base(run)))
+            needed.append(("runs", self.l1(run)))
         return needed
 
     def _next(self, kind: str, run: Run) -> Job | None:
@@ -267,7 +272,7 @@ class Study:
         if track.factors_of is not None:
             source = self.config.track(track.factors_of)
             chosen = {L1: 0.0, **{loss: self.chosen(source, loss) for loss in self.available(track)}}
-            for run, weight in itertools.product((first, *others), track.critic):
+            for run, weight in itertools.product((first, *others), track.critic or (0.0,)):
                 for loss, ratio in chosen.items():
                     if ratio is not None:
                         yield replace(run, loss=loss, ratio=ratio, critic=weight)
@@ -283,9 +288,8 @@ class Study:
 
     def judged_runs(self, track: Track) -> Iterator[Run]:
         """The runs of a track that are judged."""
-        compared = {} if track.critic else {loss: self.compared_ratios(track, loss) for loss in self.available(track)}
         for run in self.track_runs(track):
-            if run.loss == L1 or track.critic or run.ratio in compared[run.loss]:
+            if run.loss == L1 or track.factors_of or run.ratio in self.compared_ratios(track, run.loss):
                 yield run
 
     def available(self, track: Track) -> list[str]:
@@ -375,14 +379,14 @@ class Study:
         gts, judge = panel
         return judge([restore(model, task, gt, index) for index, gt in enumerate(gts)])
 
-    def calibration_images(self, run: Run, kind: str) -> tuple[Tensor, Tensor]:
-        """What a stored model makes of crops of training photographs, and the crops."""
+    def calibration_images(self, model: nn.Module, task: str) -> tuple[Tensor, Tensor]:
+        """What an L1 model makes of crops of training photographs, and the crops."""
         generator = torch.Generator().manual_seed(0)
         crops = photographs.random_crops(self.train_images, CALIBRATION_CROPS, self.config.protocol.crop, generator)
         gt = photographs.unit_range(crops, self.device)
         torch.manual_seed(0)
         with torch.no_grad():
-            return self.load(run, kind).eval()(degrade(gt, run.task, generator)), gt
+            return model.eval()(degrade(gt, task, generator)), gt
 
     def make_base(self, run: Run) -> dict[str, Any]:
         """Train the L1 model of `run` until its PSNR on the tuning photographs stops rising, then let it anneal."""
@@ -413,7 +417,7 @@ class Study:
     def calibrate(self, run: Run) -> dict[str, Any]:
         """Measure a loss's gradient ratio at the L1 model's images."""
         spec = self.config.losses[run.loss]
-        sr, gt = self.calibration_images(self.base(run), "bases")
+        sr, gt = self.calibration_images(self.load(self.base(run), "bases"), run.task)
         loss = losses.build(spec.type, spec.options, self.device)
         return {**self.identity(run), "loss": run.loss, "gradient_ratio": losses.gradient_ratio(loss, sr, gt)}
 

@@ -74,7 +74,7 @@ def lines(study: Study, track: Track, whole: bool) -> dict[str, list[Entry]]:
     for loss in (L1, *study.available(track)):
         chosen = 0.0 if loss == L1 else study.chosen(source, loss)
         ratios = [] if chosen is None else [chosen]
-        if whole and not track.critic and loss != L1:
+        if whole and track.factors_of is None and loss != L1:
             ratios = study.compared_ratios(track, loss)
         points = [entry(study, track, loss, ratio, critic) for critic in track.critic or (0.0,) for ratio in ratios]
         found[loss] = [point for point in points if point is not None]
@@ -161,7 +161,7 @@ def track_report(study: Study, track: Track, figures: Path) -> str:
     if l1 is None or not entries:
         return "\n\n".join([*parts, "Not judged yet."])
     parts.append(f"Seeds: {', '.join(map(str, sorted({e.seeds for e in entries})))} of {len(track.seeds)}.")
-    parts += [] if track.critic else choice_table(study, track)
+    parts += [] if track.factors_of else choice_table(study, track)
     parts += ["### At the chosen factor", *value_tables(study, entries)]
     references = {e.label: e for e in (l1, *entries)}
     for metrics in (("psnr", "ssim", "haarpsi", "jod"), ("niqe", "kid_lite2", "spectrum_error", "feature_distance")):
@@ -171,7 +171,7 @@ def track_report(study: Study, track: Track, figures: Path) -> str:
             if e.loss != L1 and e.reference in references
         ]
         parts += [tables.markdown(rows)] if rows else []
-    if not track.critic:
+    if track.factors_of is None:
         parts += equal_psnr_tables(study, track, l1)
         plot_factors(study, track, figures / f"{slug(track.name)}-factors.png")
     plot_front(study, track, l1, figures / f"{slug(track.name)}-front.png")

@@ -7,6 +7,7 @@
 | sr-bicubic | bicubic, antialiased, to a quarter |
 | sr-bsrgan | blur, reduction by a random filter, noise, JPEG: the chain of BSRGAN in one fixed order |
 | denoise-15, -25, -50 | Gaussian noise of that many 1/255 |
+| denoise | Gaussian noise of 5 to 55 of 1/255, drawn for each photograph; the L1 model of the three above learns it |
 | deblur | motion blur of 9 to 15 pixels or Gaussian blur of 1 to 3, and noise of 2/255 |
 | jpeg | JPEG of quality 10 to 40 |
 | inpaint | a quarter of the blocks of 8 x 8 black |
@@ -30,7 +31,8 @@ from torch import Tensor
 from mghf_loss._files import read_pixels
 from mghf_loss.toy import SCALE, downscale
 
-TASKS = ("sr-bicubic", "sr-bsrgan", "denoise-15", "denoise-25", "denoise-50", "deblur", "jpeg", "inpaint")
+DENOISE = ("denoise-15", "denoise-25", "denoise-50")
+TASKS = ("sr-bicubic", "sr-bsrgan", "denoise", *DENOISE, "deblur", "jpeg", "inpaint")
 KERNEL = 15
 HOLE = 8
 
@@ -38,6 +40,11 @@ HOLE = 8
 def is_sr(task: str) -> bool:
     """Whether the input is a quarter of the photograph's size."""
     return task.startswith("sr-")
+
+
+def of_base(task: str) -> str:
+    """The task of the L1 model that a fine-tuning for `task` starts from."""
+    return "denoise" if task in DENOISE else task
 
 
 def degrade(gt: Tensor, task: str, generator: torch.Generator) -> Tensor:
@@ -50,7 +57,9 @@ def degrade(gt: Tensor, task: str, generator: torch.Generator) -> Tensor:
         degraded = _reduce(degraded, generator)
         degraded = add_noise(degraded, uniform(count, 1, 25, generator), generator)
         degraded = jpeg(degraded, uniform(count, 30, 95, generator))
-    elif task.startswith("denoise-"):
+    elif task == "denoise":
+        degraded = add_noise(gt, uniform(count, 5, 55, generator), generator)
+    elif task in DENOISE:
         degraded = add_noise(gt, torch.full((count,), float(task.removeprefix("denoise-"))), generator)
     elif task == "deblur":
         gaussian = gaussian_kernels(count, 1.0, 3.0, generator)

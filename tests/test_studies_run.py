@@ -19,7 +19,7 @@ REPOSITORY = Path(__file__).parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
 from studies import config, protocol, report, run  # noqa: E402
-from studies.store import write_json  # noqa: E402
+from studies.store import read_json, write_json  # noqa: E402
 
 pytestmark = pytest.mark.bench
 CONFIG = """
@@ -123,6 +123,22 @@ def test_a_diverged_run_is_a_result(study, monkeypatch):
     found = study.make_run(protocol.Run(x4.model, x4.task, 0, "fixed", 1.0))
     assert found["failure"] == "the gradient was not finite in step 3"
     assert found["values"] == {}
+
+
+def test_all_noises_start_from_one_blind_denoiser_and_take_the_factors_of_one_of_them(study, tmp_path):
+    text = CONFIG.split("[[track]]")[0]
+    for noise, more in (("25", ""), ("50", 'factors_of = "25"')):
+        text += f'[[track]]\nname = "{noise}"\ntask = "denoise-{noise}"\nlosses = ["fixed"]\nseeds = [0]\n{more}\n'
+    (tmp_path / "noise.toml").write_text(text)
+    study = protocol.Study(config.read(tmp_path / "noise.toml"), study.folders, tmp_path / "noise")
+    study.open()
+    base, *more = study.ready()
+    assert (base.name, more) == ("small-sr denoise L1 seed 0 (bases)", [])
+    run.run(study)
+    assert {path.stem.split("-L1")[0] for path in (tmp_path / "noise" / "bases").glob("*.json")} == {"small-sr-denoise"}
+    judged = {read_json(path)["task"] for path in (tmp_path / "noise" / "judged").glob("*fixed*.json")}
+    assert judged == {"denoise-25", "denoise-50"}
+    assert "## 50: small-sr, denoise-50" in report.write_report(study, []).read_text()
 
 
 def spoil_protocol(folders: protocol.Folders, out: Path) -> str:
