@@ -97,10 +97,9 @@ def recovery(loss: losses.Loss, start: Tensor, gt: Tensor, steps: int = STEPS) -
     sr = start.clone().requires_grad_()
     optimiser = torch.optim.Adam([sr], lr=LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(steps):
+    for step in range(steps):
         optimiser.zero_grad()
-        loss(sr, gt, generator).backward()
+        loss(sr, gt, torch.Generator().manual_seed(step)).backward()
         optimiser.step()
         schedule.step()
     return psnr(sr.detach(), gt)

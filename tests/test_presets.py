@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import fields
 
 import pytest
 import torch
@@ -22,9 +23,8 @@ def crop(side: int) -> Tensor:
 
 
 def settings_of(criterion: MGHFLoss) -> Settings:
-    return Settings(
-        dict(criterion.coefficients), criterion.conditioning, criterion.shift, criterion.weighting, criterion.prune
-    )
+    values = {each.name: getattr(criterion, each.name) for each in fields(Settings)}
+    return Settings(**{**values, "coefficients": dict(criterion.coefficients)})
 
 
 def test_paper_is_the_released_composition():
@@ -33,13 +33,14 @@ def test_paper_is_the_released_composition():
     assert active == {"content": 5, "style": 600, "correlation": 1, "patch_nce": 0.008}
     assert (settings.weighting, settings.prune) == ("entropy", 0.25)
     assert (settings.conditioning, settings.shift) == ("own", "none")
+    assert settings.style_delta == math.inf
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_preset_is_its_settings_and_options_change_single_ones(preset, inn):
     settings = PRESETS[preset]
     assert settings_of(MGHFLoss(preset, inn=inn)) == settings
-    changes = {"conditioning": "gt", "shift": "average", "weighting": "entropy", "prune": 0.5}
+    changes = {"conditioning": "gt", "shift": "average", "weighting": "entropy", "prune": 0.5, "style_delta": 0.1}
     changed = MGHFLoss(preset, inn=inn, coefficients={"style": 7.0}, **changes)
     assert settings_of(changed) == Settings({**settings.coefficients, "style": 7.0}, **changes)
     assert settings_of(MGHFLoss(preset, inn=inn, weighting="uniform")).weighting == "uniform"

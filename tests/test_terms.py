@@ -32,6 +32,17 @@ def test_style_by_hand():
     assert terms.style(sr, gt).item() == pytest.approx((5**2 + 2 * 2**2 + 1) / 16 / 4)
 
 
+def test_a_bounded_style_grows_with_the_second_power_of_large_features():
+    """As E for a small E, as twice delta times its root for a large one."""
+    gt = torch.randn(1, 4, 16, 16)
+    small, large = terms.style(1.001 * gt, gt), terms.style(100 * gt, gt)
+    assert terms.style(1.001 * gt, gt, delta=1.0).item() == pytest.approx(small.item(), rel=1e-5)
+    assert terms.style(100 * gt, gt, delta=1.0).item() == pytest.approx(2 * large.sqrt().item(), rel=1e-2)
+    assert terms.style(gt, gt, delta=1.0) == 0
+    with pytest.raises(ValueError, match="delta must be a number above 0, got 0"):
+        terms.style(gt, gt, delta=0)
+
+
 def test_style_is_the_difference_of_two_gram_matrices():
     sr, gt = levels()
     weights = torch.rand(2, 5, dtype=torch.double)

@@ -25,14 +25,25 @@ def one_of(name: str, value: Any, choices: Any) -> Any:
 
 
 def number(
-    name: str, value: Any, *, least: float = 0.0, below: float = math.inf, most: float = math.inf, above: bool = False
+    name: str,
+    value: Any,
+    *,
+    least: float = 0.0,
+    below: float = math.inf,
+    most: float = math.inf,
+    above: bool = False,
+    infinite: bool = False,
 ) -> float:
-    """Return `value` as a float if it is a finite number from `least` (above it with `above`) to `most` or `below`."""
-    fits = _is_number(value, Real) and (least < value if above else least <= value) and value < below and value <= most
+    """Return `value` as a float if it is a finite number from `least` (above it with `above`) to `most` or `below`.
+
+    With `infinite`, infinity will do too.
+    """
+    fits = _is_number(value, Real) and (least < value if above else least <= value) and value <= most
+    fits = fits and (value < below or infinite)
     if not fits or (isinstance(value, int) and value > sys.float_info.max):
         low = f"above {least:g}" if above else f"of at least {least:g}"
         high = f" and below {below:g}" if below < math.inf else f" and at most {most:g}" if most < math.inf else ""
-        kind = "number" if high else "finite number"
+        kind = "number" if high or infinite else "finite number"
         raise ValueError(f"{name} must be a {kind} {low}{high}, got {value!r}{_hint(value)}")
     return float(value)
 

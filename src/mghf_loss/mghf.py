@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -37,14 +39,15 @@ class Settings:
     shift: Shift = "random"
     weighting: Weighting = "uniform"
     prune: float = 0.0
+    style_delta: float = 0.005
 
 
 OFF = dict.fromkeys(("content", "style", "correlation", "texture", "patch_nce", "dino_jsd"), 0.0)
 PRESETS: dict[Preset, Settings] = {
     "balanced": Settings(
-        OFF | {"content": 0.0625, "style": 60.0, "correlation": 0.5, "texture": 0.15}, conditioning="gt"
+        OFF | {"content": 0.1, "style": 300.0, "correlation": 0.5, "texture": 0.15}, conditioning="gt"
     ),
-    "sharp": Settings(OFF | {"content": 0.05, "style": 150.0, "correlation": 0.2, "texture": 0.05}),
+    "sharp": Settings(OFF | {"content": 0.15, "style": 1000.0, "correlation": 0.5, "texture": 0.15}),
     "gan": Settings(OFF | {"content": 0.0625, "correlation": 0.2, "texture": 0.1}, conditioning="gt"),
     "denoise": Settings(OFF | {"content": 0.05}),
     "paper": Settings(
@@ -52,6 +55,7 @@ PRESETS: dict[Preset, Settings] = {
         shift="none",
         weighting="entropy",
         prune=0.25,
+        style_delta=math.inf,
     ),
 }
 
@@ -240,10 +244,12 @@ class MGHFLoss(FeatureCriterion):
         inn: `"bundled"`, `"org/name"` or `"org/name@revision"` on the Hub, a folder, a .safetensors file, or a
             `HighFrequencyINN`, which is taken over: frozen and set to eval mode.
         dino: the DINO term's model; see `DinoJSDLoss`.
-        conditioning: see `MGHFnLoss`; None for the preset's, as for the next three.
+        conditioning: see `MGHFnLoss`; None for the preset's, as for the next four.
         shift: see `MGHFnLoss`.
         weighting: of channels: `"uniform"`, or by the `"entropy"` of GT's.
         prune: fraction of channels, those of least entropy, that are dropped, in [0, 1), with `weighting="entropy"`.
+        style_delta: distance of the Gram matrices above which `style` grows with its first power, see `terms.style`;
+            `math.inf` for the paper's square everywhere.
         patches: random locations of PatchNCE per level; None for all of them.
         modulation: of PatchNCE's negatives: `"hard"`, `"easy"` or `"plain"`.
         temperature: of PatchNCE's similarities.
@@ -277,6 +283,7 @@ class MGHFLoss(FeatureCriterion):
         shift: Shift | None = None,
         weighting: Weighting | None = None,
         prune: float | None = None,
+        style_delta: float | None = None,
         patches: int | None = 256,
         modulation: terms.Modulation = "hard",
         temperature: float = 0.07,
@@ -306,6 +313,9 @@ class MGHFLoss(FeatureCriterion):
         self.prune = settings.prune if prune is None else _checks.number("prune", prune, below=1)
         if prune and self.weighting == "uniform":
             raise ValueError(f"prune needs weighting='entropy', got prune={prune!r} and weighting='uniform'")
+        self.style_delta = settings.style_delta
+        if style_delta is not None:
+            self.style_delta = _checks.number("style_delta", style_delta, above=True, infinite=True)
         self.patches = None if patches is None else _checks.integer("patches", patches, least=2)
         self.modulation: terms.Modulation = _checks.one_of("modulation", modulation, terms.Modulation)
         self.temperature = _checks.number("temperature", temperature, above=True)
@@ -334,7 +344,8 @@ class MGHFLoss(FeatureCriterion):
             statistics = second_order_statistics(
                 sr, gt_level, weights, gram="style" in wanted, precision=self.precision
             )
-            for name, term in (("content", terms.content), ("style", terms.style), ("correlation", terms.correlation)):
+            style = partial(terms.style, delta=self.style_delta)
+            for name, term in (("content", terms.content), ("style", style), ("correlation", terms.correlation)):
                 if name in wanted:
                     values[name] = term(sr, gt_level, weights, reduction="none", statistics=statistics)
         if "texture" in wanted:

@@ -11,6 +11,7 @@ features. Whoever wants more than one of them computes `mghf_loss.ops.second_ord
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import wraps
 from typing import Any, Literal, TypeVar, cast
@@ -79,18 +80,25 @@ def style(
     gt_level: Tensor,
     channel_weights: Tensor | None = None,
     *,
+    delta: float = math.inf,
     reduction: Reduction = "mean",
     precision: Precision = "fast",
     statistics: SecondOrderStatistics | None = None,
 ) -> Tensor:
-    """Compare textures: mean over c, d of (G_sr - G_gt)^2, G = F F^T / (C H W) of weighted features, in [0, inf).
+    """Compare textures by the Gram matrices G = F F^T / (C H W) of weighted features, in [0, inf).
 
     >>> gt = torch.randn(1, 9, 8, 8)
     >>> style(gt.roll(3, dims=2), gt) < 1e-12  # blind to where a texture is
     tensor(True)
 
-    Reference: arXiv 2411.13548 (MGHF), style term; Gatys et al., CVPR 2016, eq. 3-4 (there without 1/(C H W)).
+    E, the mean over c, d of (G_sr - G_gt)^2, grows with the fourth power of the features. `delta` bounds that: the term
+    is 2 E / (1 + sqrt(1 + E / delta^2)), which is E where the root of E is far below `delta`, and grows as the root of
+    E, with the second power, far above it.
+
+    Reference: arXiv 2411.13548 (MGHF), style term; Gatys et al., CVPR 2016, eq. 3-4 (there without 1/(C H W)). The
+    bound is ours: the pseudo-Huber function of the distance of the matrices.
     """
+    delta = _checks.number("delta", delta, above=True, infinite=True)
     if statistics is None:
         statistics = second_order_statistics(sr_level, gt_level, channel_weights, precision=precision)
     difference = statistics.gram_difference
@@ -98,7 +106,8 @@ def style(
         raise ValueError("style needs statistics with gram=True, got gram_difference=None")
     if channel_weights is not None:
         difference = difference * channel_weights[:, :, None] * channel_weights[:, None]
-    return reduce(difference.square().mean((1, 2)), reduction)
+    error = difference.square().mean((1, 2))
+    return reduce(2 * error / (1 + (1 + error / delta**2).sqrt()), reduction)
 
 
 @_term
