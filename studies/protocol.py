@@ -6,7 +6,7 @@
    multiple of the one that makes the two equal.
 3. Every loss fine-tunes the L1 model for the same steps on the same crops: L1 + factor * loss. "L1" is L1 alone.
 4. The first seed tries factors until the best one is inside of the range, and until the range reaches the deepest of
-   `DROPS`. The other seeds repeat what the comparison needs.
+   `DROPS`. The other seeds repeat the chosen factor: the tables have all seeds, the curves over the factor one.
 5. Those models are judged, once, on photographs that chose nothing.
 
 `Study.ready` lists what can be done now; several processes may work on one study at once.
@@ -283,13 +283,14 @@ class Study:
         for run in others:
             yield run
             for loss in self.available(track):
-                for ratio in self.compared_ratios(track, loss):
-                    yield replace(run, loss=loss, ratio=ratio)
+                if (chosen := self.chosen(track, loss)) is not None:
+                    yield replace(run, loss=loss, ratio=chosen)
 
     def judged_runs(self, track: Track) -> Iterator[Run]:
         """The runs of a track that are judged."""
         for run in self.track_runs(track):
-            if run.loss == L1 or track.factors_of or run.ratio in self.compared_ratios(track, run.loss):
+            is_tried = run.loss != L1 and track.factors_of is None and run.seed == track.seeds[0]
+            if not is_tried or run.ratio in self.compared_ratios(track, run.loss):
                 yield run
 
     def available(self, track: Track) -> list[str]:
@@ -328,7 +329,7 @@ class Study:
         return min(scores, key=lambda ratio: (scores[ratio], drops[ratio] if math.isinf(scores[ratio]) else ratio))
 
     def compared_ratios(self, track: Track, loss: str) -> list[float]:
-        """The chosen ratio, and those between which the drops of PSNR lie; nothing before the choice."""
+        """The chosen ratio, and those between which the drops of PSNR lie; nothing before the choice. First seed."""
         chosen = self.chosen(track, loss)
         if chosen is None:
             return []

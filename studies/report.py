@@ -55,9 +55,11 @@ class Entry:
         return tables.statistic(self.values[metric]).item()
 
 
-def entry(study: Study, track: Track, loss: str, ratio: float, critic: float = 0.0) -> Entry | None:
-    """The row of a loss, once a seed of it is judged and none diverged."""
-    runs = [Run(track.model, track.task, seed, loss, ratio, critic) for seed in track.seeds]
+def entry(
+    study: Study, track: Track, loss: str, ratio: float, critic: float = 0.0, seeds: int | None = None
+) -> Entry | None:
+    """The row of a loss, once one of the first `seeds` of it is judged and none diverged."""
+    runs = [Run(track.model, track.task, seed, loss, ratio, critic) for seed in track.seeds[:seeds]]
     judged = [study.figures("judged", run) for run in runs if study.is_done("judged", run)]
     if not judged or not all(judged):
         return None
@@ -68,7 +70,10 @@ def entry(study: Study, track: Track, loss: str, ratio: float, critic: float = 0
 
 
 def lines(study: Study, track: Track, whole: bool) -> dict[str, list[Entry]]:
-    """The rows of every loss: at its chosen factor, or `whole`, at all that were judged; over the GAN weight if any."""
+    """The rows of every loss at its chosen factor; of the first seed at all that were judged, if `whole`.
+
+    Over the GAN weight, if there is one.
+    """
     source = study.config.track(track.factors_of) if track.factors_of else track
     found = {}
     for loss in (L1, *study.available(track)):
@@ -76,7 +81,9 @@ def lines(study: Study, track: Track, whole: bool) -> dict[str, list[Entry]]:
         ratios = [] if chosen is None else [chosen]
         if whole and track.factors_of is None and loss != L1:
             ratios = study.compared_ratios(track, loss)
-        points = [entry(study, track, loss, ratio, critic) for critic in track.critic or (0.0,) for ratio in ratios]
+        seeds = 1 if whole else None
+        weights = track.critic or (0.0,)
+        points = [entry(study, track, loss, ratio, critic, seeds) for critic in weights for ratio in ratios]
         found[loss] = [point for point in points if point is not None]
     return {loss: points for loss, points in found.items() if points}
 
@@ -116,8 +123,9 @@ def changes(
     return cells
 
 
-def equal_psnr_tables(study: Study, track: Track, l1: Entry) -> Iterator[str]:
-    """What each loss changes where it costs the same PSNR, by interpolation between its judged factors."""
+def equal_psnr_tables(study: Study, track: Track) -> Iterator[str]:
+    """What each loss changes where it costs the same PSNR, by interpolation between its judged factors. First seed."""
+    (l1,) = lines(study, track, whole=True)[L1]
     for target in DROPS:
         rows = []
         for loss, points in lines(study, track, whole=True).items():
@@ -172,16 +180,18 @@ def track_report(study: Study, track: Track, figures: Path) -> str:
         ]
         parts += [tables.markdown(rows)] if rows else []
     if track.factors_of is None:
-        parts += equal_psnr_tables(study, track, l1)
+        parts += equal_psnr_tables(study, track)
         plot_factors(study, track, figures / f"{slug(track.name)}-factors.png")
-    plot_front(study, track, l1, figures / f"{slug(track.name)}-front.png")
+    plot_front(study, track, figures / f"{slug(track.name)}-front.png")
     return "\n\n".join(parts)
 
 
-def plot_front(study: Study, track: Track, l1: Entry, path: Path) -> None:
-    """Perception against distortion on the photographs that judge, a labelled line a loss."""
+def plot_front(study: Study, track: Track, path: Path) -> None:
+    """Perception against distortion on the photographs that judge, first seed, a labelled line a loss."""
     from matplotlib import pyplot as plt
 
+    l1 = entry(study, track, L1, 0.0, seeds=1)
+    assert l1 is not None
     figure, axes = plt.subplots(2, 2, figsize=(13, 10.4), layout="constrained")
     for axis, metric in zip(axes.flat, SCORE, strict=True):
         if metric not in l1.values:
@@ -230,7 +240,7 @@ def plot_crops(study: Study, track: Track, path: Path, names: Sequence[str]) -> 
     from matplotlib import pyplot as plt
 
     shown: dict[str, Run] = {L1: Run(track.model, track.task, track.seeds[0])}
-    l1, judged = entry(study, track, L1, 0.0), lines(study, track, whole=True)
+    l1, judged = entry(study, track, L1, 0.0, seeds=1), lines(study, track, whole=True)
     for loss in names:
         if l1 is not None and loss in judged:
             drops = {point.ratio: drop(point, l1) for point in judged[loss]}
