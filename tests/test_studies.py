@@ -130,7 +130,7 @@ def test_recovery_by_the_squared_error_and_what_a_response_is_called():
     assert diagnose.describe_response([0, 2, 1, 3]) == "falls"
 
 
-@pytest.mark.parametrize("name", ["main.toml", "quick.toml"])
+@pytest.mark.parametrize("name", ["main.toml", "denoise.toml", "ablation.toml", "quick.toml"])
 def test_shipped_configurations_are_read(name):
     assert config.read(REPOSITORY / "studies" / name).tracks
     assert config.read(REPOSITORY / "studies" / "diagnose.toml", needs_tracks=False).losses
