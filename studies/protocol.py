@@ -357,6 +357,11 @@ class Study:
         """Whether a run changes the images of an L1 model, and has no model of its own."""
         return run.loss != L1 and self.config.losses[run.loss].type in losses.TRAINING_FREE
 
+    def chooses(self, run: Run) -> bool:
+        """Whether a run is one of those that choose a factor."""
+        tracks = [t for t in self.config.tracks if t.factors_of is None]
+        return not run.critic and (run.model, run.task, run.seed) in [(t.model, t.task, t.seeds[0]) for t in tracks]
+
     # The work.
 
     @cached_property
@@ -433,12 +438,17 @@ class Study:
         return run.ratio / read_json(self.path("calibrations", calibration))["gradient_ratio"]
 
     def make_run(self, run: Run) -> dict[str, Any]:
-        """Fine-tune the L1 model and look at the tuning photographs; a diverged run is a result."""
+        """Fine-tune the L1 model and look at the tuning photographs; a diverged run is a result.
+
+        Only what chooses a factor is measured there in full: the judges take longer than the training.
+        """
         found = {**self.identity(run), "loss": run.loss, "applied_factor": self.factor(run)}
         try:
             if not self.is_training_free(run):
                 self.save(self.path("runs", run), self.fine_tune(run))
-            return {**found, "values": self.judge(self.restorer(run), run.task, self.tuning_judge)}
+            gts, judge = self.tuning_judge
+            panel = gts, judge if self.chooses(run) else Judge(gts, ["psnr"])
+            return {**found, "values": self.judge(self.restorer(run), run.task, panel)}
         except DivergenceError as error:
             return {**found, "failure": str(error), "values": {}}
 
