@@ -445,7 +445,7 @@ def test_options_of_another_type_are_refused_by_name(options, message, inn):
         ({"modulation": "soft"}, "modulation must be one of .* got 'soft'"),
         ({"prune": 1.0}, "prune must be a number of at least 0 and below 1, got 1.0"),
         ({"prune": -0.1}, "prune must be .* got -0.1"),
-        ({"style_delta": 0}, "style_delta must be a number above 0, got 0"),
+        ({"style_delta": 0}, "style_delta must be a number of at least 1e-06, got 0"),
         ({"prune": 0.25}, "prune needs weighting='entropy', got prune=0.25 and weighting='uniform'"),
         ({"weighting": "variance"}, "weighting must be one of 'uniform', 'entropy', got 'variance'"),
         ({"conditioning": "sr"}, "conditioning must be one of 'gt', 'own', got 'sr'"),
