@@ -241,7 +241,7 @@ def inn_choice(_: Tensor) -> Figure:
             axis.plot(np.mean(values), place, "o", color=colour)
         axis.set_title(label, fontsize=10)
         axis.grid(alpha=0.3)
-        axis.locator_params(axis="x", nbins=3)
+        axis.locator_params(axis="x", nbins=3, steps=[1, 3, 10])
     axes[0].set_yticks(range(len(names)), names)
     axes[0].invert_yaxis()
     return figure

@@ -64,6 +64,7 @@ def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files
 
     if page.file.src_path.endswith(".ipynb"):
         content = re.sub(r'href="([\w./-]+\.md)"', to_page, content)
+        content = content.replace('class="anchor-link"', 'class="headerlink"')  # which the search leaves out
     content = re.sub(rf'href="{config.repo_url}/blob/main/docs/([\w./-]+\.md)"', to_page, content)
     return EQUATION.sub(_mathml, PICTURE.sub(to_link, content))
 
