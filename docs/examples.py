@@ -1,6 +1,6 @@
 """Show the examples of docstrings as code: an extension of Griffe, which reads the docstrings for mkdocstrings.
 
-Markdown would make quotations of lines that start with `>>>`.
+Markdown would make quotations of lines that start with `>>>`. Arrows become one character, which no line break parts.
 """
 
 from __future__ import annotations
@@ -19,6 +19,5 @@ class Examples(griffe.Extension):
     def on_instance(self, *, obj: griffe.Object, **_: Any) -> None:
         """Change the docstring of a module, class, function or attribute."""
         if obj.docstring:
-            obj.docstring.value = EXAMPLE.sub(r"```pycon\n\1\n```\n", obj.docstring.value).replace(
-                "\n\n```\n", "\n```\n"
-            )
+            text = obj.docstring.value.replace(" <-> ", " ↔ ").replace(" -> ", " → ")
+            obj.docstring.value = EXAMPLE.sub(r"```pycon\n\1\n```\n", text).replace("\n\n```\n", "\n```\n")

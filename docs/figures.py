@@ -1,10 +1,12 @@
 """Draw the pictures of the documentation from scikit-image's photographs: `python docs/figures.py [FOLDER]`.
 
 The loss pages say what each picture shows. Seeded: two runs on one machine draw the same.
+A picture is at most 6 inches wide with print of 9 points and more, so that it can be read on a telephone.
 """
 
 from __future__ import annotations
 
+import csv
 import math
 import sys
 from pathlib import Path
@@ -29,6 +31,9 @@ from mghf_loss.training.evaluation import DISTORTIONS, LEVEL_NAMES, at_mse
 
 DOCS = Path(__file__).parent
 OURS, OTHER = "tab:red", "tab:gray"  # one strong colour everywhere
+DPI = 125
+CHOICE = {"psnr": "PSNR ↑", "kid": "KID ↓", "spectrum_error": "spectrum ↓", "niqe": "NIQE ↓"}  # inn-choice.csv
+CHOSEN = "noise 12"
 
 
 def main() -> None:
@@ -36,7 +41,7 @@ def main() -> None:
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else DOCS / "figures"
     folder.mkdir(parents=True, exist_ok=True)
     gt = photograph("chelsea")[..., 60:252, 90:282]
-    for draw in (equal_psnr, mghf_n, conditioning, shift, distortions, heatmap):
+    for draw in (equal_psnr, mghf_n, conditioning, shift, distortions, heatmap, inn_features, inn_choice):
         torch.manual_seed(0)
         figure = draw(gt)
         write_atomically(folder / f"{draw.__name__.replace('_', '-')}.png", lambda path, f=figure: save(f, path))
@@ -59,10 +64,10 @@ def panel(axis: Axes, image: Tensor, title: str, **options: Any) -> Any:
     return axis.imshow(image.numpy(), interpolation="nearest", **options)
 
 
-def panels(rows: int, columns: int, width: float = 10, title: float = 0.3) -> tuple[Figure, Any]:
-    """Make square panels with room for titles, and for a colour bar on the right."""
-    side = width / (columns + 0.35)
-    return plt.subplots(rows, columns, figsize=(width, rows * (side + title)), layout="constrained", dpi=110)
+def panels(rows: int, columns: int, title: float = 0.3, aspect: float = 1, width: float = 6) -> tuple[Figure, Any]:
+    """Make panels of one aspect (height over width) with room for titles, and for a colour bar on the right."""
+    side = aspect * width / (columns + 0.35)
+    return plt.subplots(rows, columns, figsize=(width, rows * (side + title)), layout="constrained", dpi=DPI)
 
 
 def blur(image: Tensor, strength: float) -> Tensor:
@@ -81,18 +86,18 @@ def mghf_n(gt: Tensor) -> Figure:
     """One channel of each level for GT and bicubic, and the squared difference, averaged over channels."""
     network = HighFrequencyINN.from_pretrained("bundled")
     sr = upscale(downscale(gt)).clamp(0, 1)
-    figure, axes = panels(3, 4, width=8)
-    for row, (name, image) in zip(axes, {"GT": gt, "SR (bicubic)": sr}.items(), strict=False):
+    figure, axes = panels(3, 4)
+    for row, (name, image) in zip(axes, {"GT": gt, "bicubic": sr}.items(), strict=False):
         panel(row[0], image, name)
         levels = zip(row[1:], network.features(2 * image - 1), LEVEL_NAMES, strict=True)
         for axis, level, level_name in levels:
-            panel(axis, level[0, 0], f"{level_name}, channel 0", cmap="RdBu", vmin=-2, vmax=2)
+            panel(axis, level[0, 0], level_name, cmap="RdBu", vmin=-2, vmax=2)
         figure.colorbar(row[-1].images[0], ax=row[-1], shrink=0.9)
     axes[2, 0].set_axis_off()
     pairs = zip(*(network.features(2 * image - 1) for image in (sr, gt)), strict=True)
     for axis, (s, g) in zip(axes[2, 1:], pairs, strict=True):
         error = (s - g)[0].square().mean(0)
-        panel(axis, error, f"squared error, mean {error.mean():.2f}", cmap="inferno", vmin=0, vmax=2)
+        panel(axis, error, f"error {error.mean():.2f}", cmap="inferno", vmin=0, vmax=2)
     figure.colorbar(axes[2, -1].images[0], ax=axes[2, -1], shrink=0.9)
     return figure
 
@@ -120,13 +125,13 @@ def equal_psnr(gt: Tensor) -> Figure:
     """Five distortions of equal PSNR with SSIM, focal frequency loss and MGHFLoss."""
     loss, focal = MGHFLoss(shift="average"), FocalFrequencyLoss()
     gt_pixels = gt[0].permute(1, 2, 0).numpy()
-    figure, axes = panels(2, 3, width=7, title=0.75)
+    figure, axes = panels(2, 3, title=0.75, width=5.5)
     images = distorted(gt)
     figure.suptitle(f"Five errors of equal PSNR ({psnr(images['JPEG'], gt):.1f} dB)", fontsize=12)
-    panel(axes[0, 0], gt, "ground truth\n\n")
+    panel(axes[0, 0], gt, "ground truth\n\n\n")
     for axis, (name, image) in zip(axes.flat[1:], images.items(), strict=True):
         ssim = structural_similarity(gt_pixels, image[0].permute(1, 2, 0).numpy(), data_range=1, channel_axis=2)
-        panel(axis, image, f"{name}\nSSIM {ssim:.2f},  FFL {focal(image, gt).item():.4f}\n")
+        panel(axis, image, f"{name}\nSSIM {ssim:.2f}\nFFL {focal(image, gt).item():.4f}\n")
         text = f"MGHFLoss {loss(image, gt).item():.2f}"
         axis.text(0.5, 1.02, text, transform=axis.transAxes, ha="center", color=OURS, weight="bold")
     return figure
@@ -136,7 +141,7 @@ def equal_psnr(gt: Tensor) -> Figure:
 def conditioning(gt: Tensor) -> Figure:
     """Content of noise over its variance: own conditioning hides strong noise, GT conditioning does not."""
     levels = [2, 4, 8, 12, 16, 25, 35, 50]
-    figure, axis = plt.subplots(figsize=(6, 3), layout="constrained", dpi=110)
+    figure, axis = plt.subplots(figsize=(5.5, 3), layout="constrained", dpi=DPI)
     noise = torch.randn(gt.shape)
     own, of_gt = MGHFnLoss(conditioning="own", shift="none"), MGHFnLoss(conditioning="gt", shift="none")
     for criterion, label, colour in ((own, "from SR itself", OTHER), (of_gt, "from GT", OURS)):
@@ -157,9 +162,9 @@ def shift(gt: Tensor) -> Figure:
     fixed, average = (MGHFnLoss(shift=name) for name in ("none", "average"))
     values = [fixed(blocks.roll((s, s), (2, 3)), gt.roll((s, s), (2, 3))).item() for s in range(9)]
     figure, (left, right) = plt.subplots(
-        1, 2, figsize=(8, 3), layout="constrained", dpi=110, gridspec_kw={"width_ratios": (1, 1.6)}
+        1, 2, figsize=(6, 2.6), layout="constrained", dpi=DPI, gridspec_kw={"width_ratios": (1, 1.6)}
     )
-    panel(left, blocks[..., 40:104, 60:124], "SR with stairs of 4 pixels")
+    panel(left, blocks[..., 40:104, 60:124], "SR with stairs")
     right.plot(range(9), values, "o-", color=OTHER)
     mean = average(blocks, gt).item()
     right.annotate('shift="none"', (2, values[2]), xytext=(0, 6), textcoords="offset points", ha="center", color=OTHER)
@@ -179,7 +184,7 @@ def distortions(gt: Tensor) -> Figure:
     noise = terms["noise"]
     ratios = np.array([[(row[term] / noise[term]).item() for term in noise] for row in terms.values()])
     ratios[ratios < 1e-6] = 0  # rounding
-    figure, axis = plt.subplots(figsize=(7, 2.6), layout="constrained", dpi=110)
+    figure, axis = plt.subplots(figsize=(6, 2.6), layout="constrained", dpi=DPI)
     axis.imshow(ratios.clip(1 / 30), cmap="RdBu_r", norm=LogNorm(1 / 30, 30, clip=True), aspect="auto")
     for (row, column), ratio in np.ndenumerate(ratios):
         dark = abs(math.log(max(ratio, 1e-9))) > 2
@@ -197,10 +202,48 @@ def heatmap(gt: Tensor) -> Figure:
     sr[..., :middle, middle:] = blur(gt, 0.3)[..., :middle, middle:]
     sr[..., middle:, :middle] = moved_details(gt)[..., middle:, :middle]
     maps = MGHFLoss().heatmap(sr, gt)
-    figure, axes = panels(1, 1 + len(maps), title=0.5)
-    panel(axes[0], sr, "SR: noise | blur\nmoved | equal to GT")
-    for axis, (name, heat) in zip(axes[1:], maps.items(), strict=True):
+    figure, axes = panels(2, 3, title=0.5)
+    panel(axes[0, 0], sr, "SR: noise | blur\nmoved | equal to GT")
+    for axis, (name, heat) in zip(axes.flat[1:], maps.items(), strict=True):
         panel(axis, heat[0], name, cmap="inferno", vmin=0, vmax=heat.quantile(0.99).item())
+    return figure
+
+
+@torch.no_grad()
+def inn_features(_: Tensor) -> Figure:
+    """RMS and two channels of every level of the bundled network, for a photograph that has not trained it."""
+    image = photograph("coffee")
+    features = HighFrequencyINN.from_pretrained("bundled").features(2 * image - 1)
+    figure, axes = panels(len(features), 4, aspect=image.shape[-2] / image.shape[-1])
+    for axis in axes[:, 0]:
+        axis.set_axis_off()
+    panel(axes[0, 0], image, "image")
+    for row, level, level_name in zip(axes, features, LEVEL_NAMES, strict=True):
+        panel(row[1], level[0].square().mean(0).sqrt(), f"{level_name}: RMS", cmap="inferno", vmin=0, vmax=3)
+        for channel, axis in enumerate(row[2:]):
+            panel(axis, level[0, channel], f"channel {channel}", cmap="RdBu", vmin=-3, vmax=3)
+        for axis in (row[1], row[-1]):
+            figure.colorbar(axis.images[0], ax=axis, shrink=0.9)
+    return figure
+
+
+def inn_choice(_: Tensor) -> Figure:
+    """Measures of the SR models that the candidates for the bundled network trained: mean and range over seeds."""
+    with (DOCS.parent / "benchmarks" / "results" / "inn-choice.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    names = list(dict.fromkeys(row["candidate"] for row in rows))
+    figure, axes = plt.subplots(1, len(CHOICE), figsize=(6, 3.8), layout="constrained", dpi=DPI, sharey=True)
+    for axis, (metric, label) in zip(axes, CHOICE.items(), strict=True):
+        for place, name in enumerate(names):
+            values = [float(row[metric]) for row in rows if row["candidate"] == name]
+            colour = OURS if name == CHOSEN else OTHER
+            axis.plot([min(values), max(values)], [place, place], color=colour)
+            axis.plot(np.mean(values), place, "o", color=colour)
+        axis.set_title(label, fontsize=10)
+        axis.grid(alpha=0.3)
+        axis.locator_params(axis="x", nbins=3, steps=[1, 3, 10])
+    axes[0].set_yticks(range(len(names)), names)
+    axes[0].invert_yaxis()
     return figure
 
 

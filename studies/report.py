@@ -192,7 +192,7 @@ def plot_front(study: Study, track: Track, path: Path) -> None:
 
     l1 = entry(study, track, L1, 0.0, seeds=1)
     assert l1 is not None
-    figure, axes = plt.subplots(2, 2, figsize=(13, 10.4), layout="constrained")
+    figure, axes = plt.subplots(2, 2, figsize=(9, 7.6), layout="constrained")
     for axis, metric in zip(axes.flat, SCORE, strict=True):
         if metric not in l1.values:
             axis.set_axis_off()
@@ -213,7 +213,7 @@ def plot_factors(study: Study, track: Track, path: Path) -> None:
     """Drop of PSNR and score over the factor, on the tuning photographs, first seed."""
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(13, 5), layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
     labels = ("score, less is better, L1 has 0", "drop of PSNR, dB")
     for which, (axis, label) in enumerate(zip(axes, labels, strict=True)):
         for index, loss in enumerate(study.available(track)):
@@ -231,7 +231,7 @@ def draw_line(axis: Any, points: Sequence[tuple[float, float]], label: str, inde
     """A line with its name at the end."""
     if points:
         axis.plot(*zip(*points, strict=True), marker=".", color=f"C{index % 10}", linewidth=width)
-        axis.annotate(label, points[-1], (4, 0), textcoords="offset points", fontsize=7, color=f"C{index % 10}")
+        axis.annotate(label, points[-1], (4, 0), textcoords="offset points", fontsize=8, color=f"C{index % 10}")
     axis.grid(alpha=0.3)
 
 
@@ -255,7 +255,7 @@ def plot_crops(study: Study, track: Track, path: Path, names: Sequence[str]) -> 
     figure, axes = plt.subplots(
         len(chosen),
         len(models) + 1,
-        figsize=(2.3 * (len(models) + 1), 2.4 * len(chosen)),
+        figsize=(1.7 * (len(models) + 1), 1.8 * len(chosen)),
         layout="constrained",
         squeeze=False,
     )
@@ -278,7 +278,7 @@ def save(figure: Any, path: Path) -> None:
     from matplotlib import pyplot as plt
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=110))
+    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=140))
     plt.close(figure)
 
 

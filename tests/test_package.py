@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -210,6 +211,22 @@ def test_what_one_calls_has_an_example():
     functions = inspect.getmembers(mghf_loss.terms, inspect.isfunction)
     public += [f for name, f in functions if f.__module__ == "mghf_loss.terms" and name[0] != "_" and name != "reduce"]
     assert [thing.__qualname__ for thing in public if ">>>" not in (thing.__doc__ or "")] == []
+
+
+@pytest.mark.process
+def test_sdist_holds_no_studies_and_nothing_large(tmp_path):
+    subprocess.run(
+        [sys.executable, "-m", "hatchling", "build", "-t", "sdist", "-d", str(tmp_path)],
+        cwd=REPOSITORY,
+        check=True,
+        capture_output=True,
+    )
+    (sdist,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        sizes = {member.name.split("/", 1)[1]: member.size for member in archive.getmembers()}
+    assert {"pyproject.toml", "README.md", "src/mghf_loss/weights/model.safetensors"} <= sizes.keys()
+    assert [name for name in sizes if name.startswith(("benchmarks/", "studies/"))] == []
+    assert [name for name, size in sizes.items() if size >= 2**20] == []
 
 
 @pytest.mark.process

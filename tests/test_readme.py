@@ -102,9 +102,9 @@ def program(page: Path) -> str:
 
 
 def commands(page: Path) -> list[str]:
-    """Return the commands of a page's shell blocks, continued lines joined."""
+    """Return the commands of a page's shell blocks, continued lines joined, without lines of comment."""
     text = "\n".join(block.content for block in blocks(page) if block.info == "bash").replace("\\\n", " ")
-    return [re.sub(r"\s+", " ", line).strip() for line in text.splitlines() if line.strip()]
+    return [re.sub(r"\s+", " ", line).strip() for line in text.splitlines() if line.strip() and line[0] != "#"]
 
 
 def test_the_readme_is_short_and_renders_anywhere():

@@ -29,7 +29,8 @@ class DinoJSDLoss(Criterion):
     size are resized (bicubic, antialiased, differentiable) to the nearest multiple of the patch size.
 
     >>> import timm
-    >>> vit = timm.create_model("vit_tiny_patch16_224", dynamic_img_size=True)  # DinoJSDLoss() fetches DINOv2
+    >>> # DinoJSDLoss() fetches DINOv2
+    >>> vit = timm.create_model("vit_tiny_patch16_224", dynamic_img_size=True)
     >>> criterion = DinoJSDLoss(vit)
     >>> criterion(*torch.rand(2, 1, 3, 64, 64)) >= 0
     tensor(True)

@@ -72,7 +72,8 @@ def dino_jsd(sr: Tensor, gt: Tensor, **options: Any) -> Any:
     sr, gt (B, 3, H, W) in [0, 1] -> 0-d tensor in nats, differentiable in `sr`. The first call downloads DINOv2.
 
     >>> import timm
-    >>> vit = timm.create_model("vit_tiny_patch16_224", dynamic_img_size=True)  # the default is DINOv2
+    >>> # the default is DINOv2
+    >>> vit = timm.create_model("vit_tiny_patch16_224", dynamic_img_size=True)
     >>> sr, gt = torch.rand(2, 1, 3, 64, 64)
     >>> dino_jsd(sr, gt, model=vit) >= 0
     tensor(True)

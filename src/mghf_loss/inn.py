@@ -288,9 +288,10 @@ class HighFrequencyINN(
         >>> sr_features = [f + d for f, d in zip(features, inn.difference(sr - gt, scales))]
 
         A coupling maps (z1, z2) to (s z1 + eta, z2 + phi), where s, eta and phi depend on z1, z2 and the low-pass
-        band. With those of GT for both images, shifts cancel in the difference of the two, and what is left is linear:
+        band. With those of GT for both images, shifts cancel in the difference of the two, and what is left is linear.
+        For each mixing W and coupling, from d = details of sr - gt:
 
-            d <- W d;   d1 <- s_gt d1;   d2 <- d2        for each mixing W and coupling, from d = details of sr - gt
+            d <- W d;   d1 <- s_gt d1;   d2 <- d2
 
         Every step is invertible (det W and s are not 0), so the differences and the low-pass band of sr - gt are all 0
         only at sr = gt, and a sum of squares of the differences is a convex quadratic form in sr.

@@ -131,10 +131,9 @@ class FeatureCriterion(Criterion):
             levels = list(zip(self._sr_levels(_shifted(sr, shift), gt_pyramid), gt_pyramid.levels, strict=True))
             stacks = [levels] if inn.network.config.variant == "pyramid" else [[level] for level in levels]
             found += [self._stack_terms(stack, seed) for stack in stacks]
-        values = found[0]
-        if len(found) > 1:
-            values = {name: torch.cat([stack[name] for stack in found]) for name in values}
-        return {name: value.mean(0) for name, value in values.items()}
+        stacked = [torch.stack(list(stack.values())) for stack in found]
+        mean = (torch.cat(stacked, 1) if len(stacked) > 1 else stacked[0]).mean(1)
+        return dict(zip(found[0], mean, strict=True))
 
     def _normalised(self, image: Tensor) -> Tensor:
         """An image in the network's dtype, float32 at least, and range."""

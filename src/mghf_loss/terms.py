@@ -173,7 +173,8 @@ def texture(
     """Compare how strong details are, window by window: mean of w_c |R_sr - R_gt|, in [0, inf).
 
     >>> gt = torch.randn(1, 9, 8, 8)
-    >>> texture(-gt, gt) < 1e-6, texture(0.5 * gt, gt) > 0.3  # blind to the phase, not to the strength
+    >>> # blind to the phase, not to the strength
+    >>> texture(-gt, gt) < 1e-6, texture(0.5 * gt, gt) > 0.3
     (tensor(True), tensor(True))
 
     R = sqrt(mean of F^2 over `window` x `window` locations + eps^2), for each channel and window. Where GT is flat,
