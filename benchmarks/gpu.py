@@ -311,10 +311,11 @@ def operators(results: Results, device: Any, dry_run: bool) -> None:
     shapes = [(8, 64, 256), (16, 9, 128), (16, 45, 128), (16, 256, 64), (16, 189, 64)]
     for batch, channels, side in [(1, 9, 4)] if dry_run else shapes:
         sr, gt = torch.randn(2, batch, channels, side, side, device=device).unbind(0)
-        mixing = torch.randn(batch, channels, channels, device=device)
-        coefficients = torch.randn(batch, 6, channels, device=device)
+        gram_gradient = torch.randn(batch, channels, channels, device=device)
+        moments, moment_gradient = torch.randn(2, batch, 6, channels, device=device).unbind(0)
+        gradients = (moments, gram_gradient, moment_gradient)
         forward = partial(statistics.operator, sr, gt, None, True, "fast")
-        backward = partial(statistics.backward_operator, sr, gt, None, mixing, coefficients, "fast")
+        backward = partial(statistics.backward_operator, sr, gt, None, *gradients, "fast")
         name = f"statistics {batch} x {channels} x {side}^2"
         results.add(f"{name}, forward", partial(of_copy, forward, 2 * sr.numel()))
         results.add(f"{name}, backward", partial(of_copy, backward, 3 * sr.numel()))

@@ -154,10 +154,11 @@ def dense_memory(device: torch.device, channels: int, places: int) -> str:
 def statistics_times(device: torch.device, batch: int, channels: int, side: int) -> str:
     """Of the kernels alone, and the share of a copy's rate that they reach."""
     sr, gt = torch.randn(2, batch, channels, side, side, device=device).unbind(0)
-    mixing = torch.randn(batch, channels, channels, device=device)
-    coefficients = torch.randn(batch, 6, channels, device=device)
+    gram_gradient = torch.randn(batch, channels, channels, device=device)
+    moments, moment_gradient = torch.randn(2, batch, 6, channels, device=device).unbind(0)
+    gradients = (moments, gram_gradient, moment_gradient)
     forward = milliseconds(lambda: statistics.operator(sr, gt, None, True, "fast"), device)
-    backward = milliseconds(lambda: statistics.backward_operator(sr, gt, None, mixing, coefficients, "fast"), device)
+    backward = milliseconds(lambda: statistics.backward_operator(sr, gt, None, *gradients, "fast"), device)
     target = torch.empty_like(sr)
     copy = milliseconds(lambda: target.copy_(sr), device)  # reads one map, writes one
     return (

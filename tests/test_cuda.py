@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mghf_loss import HighFrequencyINN, INNConfig, MGHFLoss
 from mghf_loss.ops import active_path, cuda, patch_nce, second_order_statistics
+from mghf_loss.ops.texture import texture_error
 
 try:
     import pytest
@@ -30,6 +31,7 @@ if pytest is not None:
     pytestmark = pytest.mark.skipif(reason is not None, reason=reason or "")
 
 BOUNDS = {"fast": (3e-4, 2e-3), "high": (2e-6, 2e-5)}  # statistics, PatchNCE
+TEXTURE = {"texture": 0.1}  # so that all terms of "paper" and this one are on
 SIZES = [(9, 7, 9), (12, 64, 64), (45, 33, 35), (64, 48, 48), (96, 16, 16), (189, 13, 17), (189, 32, 32), (300, 9, 9)]
 
 
@@ -85,6 +87,24 @@ def test_statistics_against_float64():
                 assert (value.double() - want).abs().max() <= 2e-6 * rms, f"{where}, {name}"
             else:
                 assert relative(value, want) <= bound, f"{where}, {name}: {relative(value, want):.1e}"
+    assert not cuda.failures, cuda.failures
+
+
+def test_texture_against_float64():
+    torch.manual_seed(0)
+    for (channels, *size), dtype, window in product(SIZES, (torch.float32, torch.bfloat16), (4, 5)):
+        sr, gt = pair(2, channels, *size, dtype=dtype)
+        upstream = torch.randn(2, channels, device=DEVICE)
+        found, exact = [], []
+        for results, wide in ((found, dtype), (exact, torch.double)):
+            level = sr.detach().to(wide).requires_grad_()
+            error = texture_error(level, gt.to(wide), window)
+            results += [error.detach(), torch.autograd.grad((error * upstream.to(error.dtype)).sum(), level)[0]]
+        for name, value, want, bound in zip(
+            ("error", "gradient"), found, exact, (2e-6, 2e-6 if dtype == torch.float32 else 1e-2), strict=True
+        ):
+            where = f"{channels} x {size}, {dtype}, window {window}, {name}"
+            assert relative(value, want) <= bound, f"{where}: {relative(value, want):.1e}"
     assert not cuda.failures, cuda.failures
 
 
@@ -179,7 +199,7 @@ def test_compile_and_autocast():
 def mghfloss(precision: str, patches: int | None) -> tuple[Tensor, Tensor]:
     torch.manual_seed(0)
     inn = HighFrequencyINN(INNConfig(hidden=8))
-    criterion = MGHFLoss("paper", inn=inn, patches=patches, precision=precision).to(DEVICE)
+    criterion = MGHFLoss("paper", coefficients=TEXTURE, inn=inn, patches=patches, precision=precision).to(DEVICE)
     gt = torch.rand(2, 3, 64, 80, device=DEVICE)
     sr = (gt + 0.1 * torch.randn_like(gt)).requires_grad_()
     loss = criterion(sr, gt, generator=torch.Generator(DEVICE).manual_seed(1))
@@ -235,7 +255,7 @@ def test_gt_conditioned_differences_against_float64():
 
 def loss_and_images() -> tuple[MGHFLoss, Tensor, Tensor]:
     torch.manual_seed(0)
-    criterion = MGHFLoss("paper", inn=HighFrequencyINN(INNConfig(hidden=8))).to(DEVICE)
+    criterion = MGHFLoss("paper", coefficients=TEXTURE, inn=HighFrequencyINN(INNConfig(hidden=8))).to(DEVICE)
     gt = torch.rand(2, 3, 64, 80, device=DEVICE)
     return criterion, (gt + 0.1 * torch.randn_like(gt)).requires_grad_(), gt
 

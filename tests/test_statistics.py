@@ -126,8 +126,8 @@ def test_opcheck(gram, keep, layout):
     arguments = (sr.requires_grad_(), gt, keep, gram, "fast")
     result = torch.library.opcheck(torch.ops.mghf_loss.second_order_statistics.default, arguments)
     assert set(result.values()) == {"SUCCESS"}
-    mixing = torch.randn(2, 3, 3) if gram else None
-    arguments = (sr.detach(), gt, keep, mixing, torch.randn(2, 6, 3), "high")
+    gram_gradient = torch.randn(2, 3, 3) if gram else None
+    arguments = (sr.detach(), gt, keep, torch.randn(2, 6, 3), gram_gradient, torch.randn(2, 6, 3), "high")
     result = torch.library.opcheck(torch.ops.mghf_loss.second_order_statistics_backward.default, arguments)
     assert set(result.values()) == {"SUCCESS"}
 

@@ -29,6 +29,8 @@ from mghf_loss.ops import (
     nce_triton,
     statistics,
     statistics_triton,
+    texture,
+    texture_triton,
 )
 from mghf_loss.ops.convolution import uses_operators
 from mghf_loss.ops.statistics_triton import backward_triton
@@ -53,19 +55,15 @@ def statistics_case(name: str, shape: tuple[int, ...], precision: str, **options
     gram = options.get("gram", True)
     arguments = (keep, gram, precision)
     exact_gram, exact_moments = statistics.statistics_formula(sr.double(), gt.double(), *arguments)
-    mixing = torch.randn(*shape[:2], shape[1]) / shape[1] if gram else None
-    coefficients = torch.cat([torch.randn(shape[0], 4, shape[1]), exact_moments[:, :2].float()], 1)
-    wide = (None if mixing is None else mixing.double(), coefficients.double())
+    gram_gradient = torch.randn(*shape[:2], shape[1]) if gram else None
+    moment_gradient = torch.zeros(shape[0], 6, shape[1])
+    moment_gradient[:, [0, 2, 4, 5]] = torch.randn(shape[0], 4, shape[1])  # GT's mean and variance have no gradient
+    wide = (exact_moments, None if gram_gradient is None else gram_gradient.double(), moment_gradient.double())
     exact_gradient = statistics.backward_formula(sr.double(), gt.double(), keep, *wide, precision)
-    if keep is not None:  # the formula does not mask: its callers give zeros
-        mixing = mixing * keep[:, None] * keep[:, :, None]
-        coefficients = coefficients * keep[:, None]
-        wide = (mixing.double(), coefficients.double())
-        exact_gradient = statistics.backward_formula(sr.double(), gt.double(), keep, *wide, precision)
 
     def errors(forward, backward) -> dict[str, float]:
         gram_difference, moments = forward(sr, gt, *arguments)
-        gradient = backward(sr, gt, keep, mixing, coefficients, precision)
+        gradient = backward(sr, gt, keep, exact_moments.float(), gram_gradient, moment_gradient, precision)
         names = statistics.SecondOrderStatistics._fields[1:]
         found = {name: relative(moments[:, i], exact_moments[:, i]) for i, name in enumerate(names)}
         for i, level in enumerate((sr, gt)):  # a mean near 0 is as exact as the values are
@@ -136,7 +134,7 @@ def nan_case() -> None:
     sr, gt = torch.randn(2, 1, 9, 4, 5).unbind(0)
     sr.view(torch.int32)[0, 3, 1, 2] = 0x7FFFFFFF  # such as a GPU makes
     sr.view(torch.int32)[0, 5, 2, 3] = -1
-    arguments = (None, torch.randn(1, 9, 9), torch.randn(1, 6, 9), "fast")
+    arguments = (None, torch.zeros(1, 6, 9), torch.randn(1, 9, 9), torch.randn(1, 6, 9), "fast")
     found, expected = (
         backward(sr, gt, *arguments).isnan() for backward in (backward_triton, statistics.backward_formula)
     )
@@ -209,12 +207,38 @@ def linear_case(name: str, size: tuple[int, int], count: int) -> None:
     report("linear_level", name, "high", kernel, native)
 
 
+def texture_case(name: str, shape: tuple[int, ...], window: int, **options) -> None:
+    torch.manual_seed(1)
+    gt = torch.randn(shape)
+    sr = gt + 0.3 * torch.randn(shape)
+    sr[0, 0, -1] = gt[0, 0, -1]  # windows of equal strength: the kink
+    if options.get("channels_last"):
+        sr, gt = (level.contiguous(memory_format=torch.channels_last) for level in (sr, gt))
+    sr, gt = sr.to(options.get("dtype", torch.float32)), gt.to(options.get("dtype", torch.float32))
+    exact_error, exact_slope = texture.texture_formula(sr.double(), gt.double(), window, 0.05)
+    upstream = torch.randn(shape[:2])
+    exact_gradient = texture.backward_formula(sr.double(), exact_slope, upstream.double(), window)
+
+    def errors(forward, backward) -> dict[str, float]:
+        error, slope = forward(sr, gt, window, 0.05)
+        gradient = backward(sr, exact_slope.float(), upstream, window)
+        found = {"error": relative(error, exact_error), "slope": relative(slope, exact_slope)}
+        if sr.dtype == torch.float32:  # a 16-bit gradient is as exact as its dtype
+            found["gradient"] = relative(gradient, exact_gradient)
+        return found
+
+    kernel = errors(texture_triton.texture_triton, texture_triton.texture_backward_triton)
+    native = errors(texture.texture_formula, texture.backward_formula)
+    report("texture", name, "high", kernel, native)
+
+
 def whole_loss_case(precision: str, conditioning: str) -> None:
     """MGHFLoss by the kernels against MGHFLoss by the formula."""
     nce_triton.STORED_PLACES = 512
     torch.manual_seed(0)
     inn = HighFrequencyINN(INNConfig(hidden=8))
-    criterion = MGHFLoss("paper", inn=inn, patches=40, precision=precision, conditioning=conditioning)
+    options = {"coefficients": {"texture": 0.1}, "patches": 40, "precision": precision, "conditioning": conditioning}
+    criterion = MGHFLoss("paper", inn=inn, **options)
     gt = torch.rand(1, 3, 24, 24)
     sr = (gt + 0.2 * torch.randn_like(gt)).requires_grad_()
 
@@ -306,6 +330,12 @@ def main() -> None:
     for precision in ("fast", "high"):
         coupling_case("7 hidden channels", (5, 6), precision, hidden=7)
         coupling_case("48 hidden channels", (5, 6), precision, hidden=48)
+    for size, window in product(((8, 16), (13, 11), (1, 3)), (1, 4, 5)):
+        texture_case(f"{size}, window {window}", (2, 3, *size), window)
+    texture_case("several programs", (1, 2, 50, 150), 4)
+    texture_case("one window", (1, 2, 3, 1100), 2000)
+    texture_case("channels_last", (2, 3, 9, 8), 4, channels_last=True)
+    texture_case("bf16", (2, 3, 9, 8), 4, dtype=torch.bfloat16)
     for size, count in product(((5, 7), (8, 9), (11, 13)), (0, 2, 4)):
         linear_case(f"{size}, {count} couplings", size, count)
     nan_case()

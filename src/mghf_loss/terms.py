@@ -7,6 +7,9 @@ over channels). GT carries no gradient. All is computed in float32 at least, wha
 Content, style and correlation are functions of the level's second-order statistics, which take one pass over its
 features. Whoever wants more than one of them computes `mghf_loss.ops.second_order_statistics` once and passes it as
 `statistics`, with the same channel weights; the features themselves are not read then.
+
+A function `..._of` is the formula of a term: statistics and channel weights with any leading dimensions, (..., C), such
+as those of several stacked levels -> one value for each, (...). A loss computes it once for all levels.
 """
 
 from __future__ import annotations
@@ -16,7 +19,6 @@ from functools import wraps
 from typing import Any, Literal, TypeVar, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import _checks, ops
@@ -24,6 +26,7 @@ from ._random import integers
 from .ops import SecondOrderStatistics, second_order_statistics
 from .ops.nce import Modulation
 from .ops.statistics import Precision, compute_dtype
+from .ops.texture import texture_error
 
 Reduction = Literal["mean", "sum", "none"]
 BINS = 64
@@ -68,9 +71,14 @@ def content(
         error = (sr_level.to(dtype) - gt_level.to(dtype)).square().mean((2, 3))
     else:
         error = statistics.squared_error
+    return reduce(content_of(error, channel_weights), reduction)
+
+
+def content_of(squared_error: Tensor, channel_weights: Tensor | None) -> Tensor:
+    """Mean over channels of w^2 times the squared error."""
     if channel_weights is not None:
-        error = error * channel_weights.square()
-    return reduce(error.mean(1), reduction)
+        squared_error = squared_error * channel_weights.square()
+    return squared_error.mean(-1)
 
 
 @_term
@@ -93,12 +101,17 @@ def style(
     """
     if statistics is None:
         statistics = second_order_statistics(sr_level, gt_level, channel_weights, precision=precision)
+    return reduce(style_of(statistics, channel_weights), reduction)
+
+
+def style_of(statistics: SecondOrderStatistics, channel_weights: Tensor | None) -> Tensor:
+    """Mean over pairs of channels of the squared difference of weighted Gram matrices."""
     difference = statistics.gram_difference
     if difference is None:
         raise ValueError("style needs statistics with gram=True, got gram_difference=None")
     if channel_weights is not None:
-        difference = difference * channel_weights[:, :, None] * channel_weights[:, None]
-    return reduce(difference.square().mean((1, 2)), reduction)
+        difference = difference * channel_weights[..., :, None] * channel_weights[..., None, :]
+    return difference.square().mean((-2, -1))
 
 
 @_term
@@ -125,10 +138,16 @@ def correlation(
     _checks.number("eps", eps)
     if statistics is None:
         statistics = second_order_statistics(sr_level, gt_level, channel_weights, gram=False)
+    return reduce(correlation_of(statistics, channel_weights, eps), reduction)
+
+
+def correlation_of(statistics: SecondOrderStatistics, channel_weights: Tensor | None, eps: float = 1e-4) -> Tensor:
+    """Weighted mean over channels of 1 - r."""
     scale = ((statistics.variance_sr + eps) * (statistics.variance_gt + eps)).rsqrt()
-    r = (statistics.covariance + eps) * scale
-    weights = torch.ones_like(r) if channel_weights is None else channel_weights
-    return reduce(((1 - r) * weights).sum(1) / weights.sum(1), reduction)
+    distance = 1 - (statistics.covariance + eps) * scale
+    if channel_weights is None:
+        return distance.mean(-1)
+    return (distance * channel_weights).sum(-1) / channel_weights.sum(-1)
 
 
 @_term
@@ -155,13 +174,12 @@ def texture(
     """
     window = _checks.integer("window", window, least=1)
     eps = _checks.number("eps", eps, above=True)
-    kernel = [min(window, size) for size in sr_level.shape[2:]]
-    sr_rms, gt_rms = (
-        (F.avg_pool2d(level.to(compute_dtype(sr_level, gt_level)).square(), kernel, ceil_mode=True) + eps**2).sqrt()
-        for level in (sr_level, gt_level)
-    )
-    error = (sr_rms - gt_rms).abs().mean((2, 3))
-    return reduce((error if channel_weights is None else error * channel_weights).mean(1), reduction)
+    return reduce(texture_of(texture_error(sr_level, gt_level, window, eps), channel_weights), reduction)
+
+
+def texture_of(error: Tensor, channel_weights: Tensor | None) -> Tensor:
+    """Mean over channels of w times the error."""
+    return (error if channel_weights is None else error * channel_weights).mean(-1)
 
 
 @_term

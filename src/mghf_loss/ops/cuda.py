@@ -32,6 +32,10 @@ from .nce import operator as patch_nce_operator
 from .nce import patch_nce, patch_nce_formula
 from .statistics import backward_formula, backward_operator, second_order_statistics, statistics_formula
 from .statistics import operator as statistics_operator
+from .texture import backward_formula as texture_backward_formula
+from .texture import backward_operator as texture_backward_operator
+from .texture import operator as texture_operator
+from .texture import texture_formula
 
 LEAST_CAPABILITY = (8, 0)  # tensor cores with tf32, asynchronous copies
 MISTAKES = (TypeError, AttributeError, NameError, ValueError, ZeroDivisionError)  # of Python code, not of a device
@@ -143,6 +147,7 @@ class _Kernels:
         from .linear_triton import linear_level_triton, transpose_triton
         from .nce_triton import patch_nce_triton
         from .statistics_triton import backward_triton, statistics_triton
+        from .texture_triton import texture_backward_triton, texture_triton
 
         self.coupling = coupling_triton
         self.coupling_kept = kept_triton
@@ -152,6 +157,8 @@ class _Kernels:
         self.patch_nce = patch_nce_triton
         self.second_order_statistics = statistics_triton
         self.second_order_statistics_backward = backward_triton
+        self.texture = texture_triton
+        self.texture_backward = texture_backward_triton
 
 
 _kernels = cache(_Kernels)
@@ -160,6 +167,8 @@ _kernels = cache(_Kernels)
 OPERATORS = (
     ("second_order_statistics", statistics_operator, statistics_formula),
     ("second_order_statistics_backward", backward_operator, backward_formula),
+    ("texture", texture_operator, texture_formula),
+    ("texture_backward", texture_backward_operator, texture_backward_formula),
     ("patch_nce", patch_nce_operator, patch_nce_formula),
     ("coupling", coupling_operator, coupling_formula),
     ("coupling_kept", kept_operator, kept_formula),

@@ -11,15 +11,15 @@ itself; from the diagonals of Gram matrices it would cancel in the same way. Var
 
 The backward pass is one pass too: with A = (g + g^T) / (C N) of the gradient g of gram_difference,
 
-    dx = A x + (2 g_error d + 2 g_variance (x - mean x) + g_covariance (y - mean y) + g_mean) / N.
+    dx = A x + (2 g_error d + 2 g_variance (x - mean x) + g_covariance (y - mean y) + g_mean) / N,
 
-GT gets no gradient. Channel weights multiply statistics, not features, so they cost nothing here: (w_c w_d) times
-gram_difference, w_c^2 times squared_error; a channel of weight 0 is not read.
+and 0 for pruned channels. GT gets no gradient. Channel weights multiply statistics, not features, so they cost nothing
+here: (w_c w_d) times gram_difference, w_c^2 times squared_error; a channel of weight 0 is not read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -71,6 +71,25 @@ def second_order_statistics(
     Raises:
         ValueError, TypeError: shapes, dtypes or options do not fit, naming what came.
     """
+    gram_difference, moments = _measure(sr, gt, channel_weights, gram, precision)
+    return SecondOrderStatistics(gram_difference if gram else None, *moments.unbind(1))
+
+
+def stacked_statistics(
+    levels: Iterable[tuple[Tensor, Tensor, Tensor | None]], *, gram: bool = True, precision: Precision = "fast"
+) -> SecondOrderStatistics:
+    """Stack the statistics of levels of as many channels: sr, gt and channel weights each -> (L, B, C, C), (L, B, C).
+
+    One tensor of small numbers for all levels: on a GPU, what is computed from them takes as long for one level.
+    """
+    gram_differences, moments = zip(*(_measure(*level, gram, precision) for level in levels), strict=True)
+    return SecondOrderStatistics(torch.stack(gram_differences) if gram else None, *torch.stack(moments).unbind(2))
+
+
+def _measure(
+    sr: Tensor, gt: Tensor, channel_weights: Tensor | None, gram: bool, precision: Precision
+) -> tuple[Tensor, Tensor]:
+    """As `statistics_formula`, of checked arguments and with a derivative."""
     if sr.ndim < 3 or sr.shape != gt.shape:
         raise ValueError(f"sr and gt must have one shape (B, C, ...), got {tuple(sr.shape)} and {tuple(gt.shape)}")
     if sr.shape[1:].numel() == 0:
@@ -87,8 +106,7 @@ def second_order_statistics(
     compute = functional if torch._C._are_functorch_transforms_active() else operator
     if forward_ad.unpack_dual(sr).tangent is not None:
         compute = statistics_formula  # operators drop tangents
-    gram_difference, moments = compute(sr, gt.detach(), keep, gram, precision)
-    return SecondOrderStatistics(gram_difference if gram else None, *moments.unbind(1))
+    return compute(sr, gt.detach(), keep, gram, precision)
 
 
 def statistics_formula(
@@ -117,18 +135,30 @@ def statistics_formula(
 
 
 def backward_formula(
-    sr: Tensor, gt: Tensor, keep: Tensor | None, mixing: Tensor | None, coefficients: Tensor, precision: str
+    sr: Tensor,
+    gt: Tensor,
+    keep: Tensor | None,
+    moments: Tensor,
+    gram_gradient: Tensor | None,
+    moment_gradient: Tensor,
+    precision: str,
 ) -> Tensor:
-    """mixing @ x + a (x - y) + b (x - mean x) + c (y - mean y) + d, in the shape and dtype of `sr`.
-
-    `mixing` is (B, C, C); `coefficients` (B, 6, C) hold a, b, c, d, mean x and mean y. Both are 0 where `keep` is.
-    """
+    """Gradient of `sr`, in its shape and dtype, from those of the Gram difference and of the moments."""
     with torch.autocast(sr.device.type, enabled=False):
         x, y = _maps(sr, gt)
-        a, b, c, d, mean_x, mean_y = coefficients[..., None].unbind(1)
-        # Differences stay explicit: a + b and b, c as factors of x and y would cancel when SR is close to GT.
-        gradient = torch.addcmul(d, x - mean_x, b).addcmul_(y - mean_y, c).addcmul_(x - y, a)
-        if mixing is not None:
+        channels, locations = x.shape[1:]
+        coefficients = moment_gradient / locations
+        if keep is not None:
+            coefficients = torch.where(keep[:, None], coefficients, 0)
+        of_mean, _, of_variance, _, of_covariance, of_error = coefficients[..., None].unbind(1)
+        mean_x, mean_y = moments[:, 0, :, None], moments[:, 1, :, None]
+        # Differences stay explicit: as factors of x and y, the coefficients would cancel when SR is close to GT.
+        gradient = torch.addcmul(of_mean, x - mean_x, of_variance, value=2)
+        gradient = gradient.addcmul_(y - mean_y, of_covariance).addcmul_(x - y, of_error, value=2)
+        if gram_gradient is not None:
+            mixing = (gram_gradient + gram_gradient.transpose(1, 2)) / (channels * locations)
+            if keep is not None:
+                mixing = torch.where(keep[:, None] & keep[:, :, None], mixing, 0)
             gradient = gradient.baddbmm_(mixing, x)
     return gradient.to(sr.dtype).contiguous().reshape(sr.shape)
 
@@ -150,9 +180,7 @@ def _(sr: Tensor, gt: Tensor, keep: Tensor | None, gram: bool, precision: str) -
 
 
 @backward_operator.register_fake
-def _(
-    sr: Tensor, gt: Tensor, keep: Tensor | None, mixing: Tensor | None, coefficients: Tensor, precision: str
-) -> Tensor:
+def _(sr: Tensor, *rest: Any) -> Tensor:
     return torch.empty_like(sr, memory_format=torch.contiguous_format)
 
 
@@ -193,18 +221,7 @@ def _keep_inputs(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, gram_gradient: Tensor, moment_gradient: Tensor) -> tuple[Tensor | None, ...]:
-    sr, gt, keep, moments = ctx.saved_tensors
-    channels, locations = sr.shape[1], sr.shape[2:].numel()
-    mean_sr_gradient, _, variance_gradient, _, covariance_gradient, error_gradient = moment_gradient.unbind(1)
-    gradients = [2 * error_gradient, 2 * variance_gradient, covariance_gradient, mean_sr_gradient]
-    coefficients = torch.cat([torch.stack(gradients, 1) / locations, moments[:, :2]], 1)
-    mixing = None
-    if ctx.gram:
-        mixing = (gram_gradient + gram_gradient.transpose(1, 2)) / (channels * locations)
-    if keep is not None:
-        coefficients = torch.where(keep[:, None], coefficients, 0)
-        mixing = None if mixing is None else torch.where(keep[:, None] & keep[:, :, None], mixing, 0)
-    arguments = sr, gt, keep, mixing, coefficients, ctx.precision
+    arguments = *ctx.saved_tensors, gram_gradient if ctx.gram else None, moment_gradient, ctx.precision
     return first_derivative(backward_operator, *arguments), *[None] * 4
 
 

@@ -131,31 +131,40 @@ def statistics_triton(
 
 
 def backward_triton(
-    sr: Tensor, gt: Tensor, keep: Tensor | None, mixing: Tensor | None, coefficients: Tensor, precision: str
+    sr: Tensor,
+    gt: Tensor,
+    keep: Tensor | None,
+    moments: Tensor,
+    gram_gradient: Tensor | None,
+    moment_gradient: Tensor,
+    precision: str,
 ) -> Tensor:
     """As `backward_formula`, by one kernel."""
     x, y = _map(sr), _map(gt)
     batch, channels, places = x.shape
     tile = tiles(channels, x.element_size(), precision, device_properties(x.device)[0], _aligned(x, y))
     gradient = torch.empty_like(sr, memory_format=torch.contiguous_format)
-    coefficients = coefficients.contiguous()
+    moments = moments.contiguous()
     grid = (triton.cdiv(places, tile.back_places), tile.blocks, batch)
     _backward_kernel[grid](
         x,
         y,
-        coefficients if keep is None else keep.contiguous(),
-        coefficients if mixing is None else mixing.contiguous(),
-        coefficients,
+        moments if keep is None else keep.contiguous(),
+        moments,
+        moments if gram_gradient is None else gram_gradient.contiguous(),
+        moment_gradient.contiguous(),
         gradient,
         channels,
         places,
+        1 / places,
+        1 / (channels * places),
         *x.stride(),
         *y.stride(),
         BLOCK_C=tile.channels,
         BLOCK_K=tile.back_inner,
         BLOCK_P=tile.back_places,
         PRUNED=keep is not None,
-        GRAM=mixing is not None,
+        GRAM=gram_gradient is not None,
         PRECISION=precision,
         **tile.back_options,
     )
@@ -443,9 +452,18 @@ def _merge_moments_kernel(
 
 
 @triton.jit
+def _mixing(gradient_ptr, rows, columns, channels, live, scale):
+    """A block of A: the gradient of the Gram difference plus its transpose, scaled."""
+    mask = live & (columns < channels)[None, :]
+    gradient = tl.load(gradient_ptr + rows[:, None] * channels + columns[None, :], mask=mask, other=0.0)
+    transposed = tl.load(gradient_ptr + columns[None, :] * channels + rows[:, None], mask=mask, other=0.0)
+    return (gradient + transposed) * scale
+
+
+@triton.jit
 def _backward_kernel(
-    x_ptr, y_ptr, keep_ptr, mixing_ptr, coefficient_ptr, gradient_ptr,
-    channels, places,
+    x_ptr, y_ptr, keep_ptr, moment_ptr, gram_gradient_ptr, moment_gradient_ptr, gradient_ptr,
+    channels, places, moment_scale, gram_scale,
     x_image, x_channel, x_place, y_image, y_channel, y_place,
     BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr,
     PRUNED: tl.constexpr, GRAM: tl.constexpr, PRECISION: tl.constexpr,
@@ -455,32 +473,34 @@ def _backward_kernel(
     rows = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     columns = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)[None, :]
     inside = rows < channels
-    read = _kept(keep_ptr, image, rows, channels, PRUNED)[:, None] & (columns < places)
+    kept = _kept(keep_ptr, image, rows, channels, PRUNED)
+    read = kept[:, None] & (columns < places)
     x_images = x_ptr + image * x_image + columns * x_place
     x = tl.load(x_images + rows.to(tl.int64)[:, None] * x_channel, mask=read, other=0.0).to(tl.float32)
     mixed = tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
     if GRAM:
-        mixing = mixing_ptr + image * channels * channels + rows[:, None] * channels
+        gram_gradient = gram_gradient_ptr + image * channels * channels
         if BLOCK_K == BLOCK_C:  # all channels are in this block
-            matrix = tl.load(mixing + rows[None, :], mask=inside[:, None] & inside[None, :], other=0.0)
+            matrix = _mixing(gram_gradient, rows, rows, channels, kept[:, None], gram_scale)
             mixed = _product(matrix, x, mixed, PRECISION)
         else:
             for start in range(0, channels, BLOCK_K):
                 inner = start + tl.arange(0, BLOCK_K)
-                matrix_mask = inside[:, None] & (inner < channels)[None, :]
-                matrix = tl.load(mixing + inner[None, :], mask=matrix_mask, other=0.0)
+                matrix = _mixing(gram_gradient, rows, inner, channels, kept[:, None], gram_scale)
                 other_mask = _kept(keep_ptr, image, inner, channels, PRUNED)[:, None] & (columns < places)
                 other = tl.load(x_images + inner.to(tl.int64)[:, None] * x_channel, mask=other_mask, other=0.0)
                 mixed = _product(matrix, other.to(tl.float32), mixed, PRECISION)
     y_rows = y_ptr + image * y_image + rows.to(tl.int64)[:, None] * y_channel
     y = tl.load(y_rows + columns * y_place, mask=read, other=0.0).to(tl.float32)
-    coefficient = coefficient_ptr + image * 6 * channels + rows
-    a = tl.load(coefficient, mask=inside, other=0.0)[:, None]
-    b = tl.load(coefficient + channels, mask=inside, other=0.0)[:, None]
-    c = tl.load(coefficient + 2 * channels, mask=inside, other=0.0)[:, None]
-    d = tl.load(coefficient + 3 * channels, mask=inside, other=0.0)[:, None]
-    x_mean = tl.load(coefficient + 4 * channels, mask=inside, other=0.0)[:, None]
-    y_mean = tl.load(coefficient + 5 * channels, mask=inside, other=0.0)[:, None]
-    gradient = mixed + a * (x - y) + b * (x - x_mean) + c * (y - y_mean) + d
+    moment = moment_ptr + image * 6 * channels + rows
+    x_mean = tl.load(moment, mask=kept, other=0.0)[:, None]
+    y_mean = tl.load(moment + channels, mask=kept, other=0.0)[:, None]
+    upstream = moment_gradient_ptr + image * 6 * channels + rows
+    of_mean = tl.load(upstream, mask=kept, other=0.0)[:, None]
+    of_variance = tl.load(upstream + 2 * channels, mask=kept, other=0.0)[:, None]
+    of_covariance = tl.load(upstream + 4 * channels, mask=kept, other=0.0)[:, None]
+    of_error = tl.load(upstream + 5 * channels, mask=kept, other=0.0)[:, None]
+    gradient = 2.0 * (of_error * (x - y) + of_variance * (x - x_mean)) + of_covariance * (y - y_mean) + of_mean
+    gradient = mixed + moment_scale * gradient
     target = gradient_ptr + (image * channels + rows.to(tl.int64)[:, None]) * places + columns
     tl.store(target, gradient.to(gradient_ptr.dtype.element_ty), mask=inside[:, None] & (columns < places))
