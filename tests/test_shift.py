@@ -29,24 +29,25 @@ def seeded(seed: int) -> torch.Generator:
 @pytest.fixture
 def offsets(monkeypatch) -> list[list[list[int]]]:
     """The offsets of every shifted batch, in order."""
-    seen, shift = [], _random.shift
+    seen, shifted = [], _random.shifted
 
-    def recording(image: Tensor, offsets: Tensor) -> Tensor:
-        seen.append(offsets.tolist())
-        return shift(image, offsets)
+    def recording(image: Tensor, shift: _random.Shift) -> Tensor:
+        seen.append(torch.stack((shift.rows[:, 0], shift.columns[:, 0]), 1).tolist())
+        return shifted(image, shift)
 
-    monkeypatch.setattr(_random, "shift", recording)
+    monkeypatch.setattr(_random, "shifted", recording)
     return seen
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("size", [(8, 16), (7, 10)])
-def test_a_shift_is_a_permutation_and_the_gradient_of_a_pixel_arrives_at_that_pixel(size):
-    image = torch.randn(4, 3, *size, requires_grad=True)
+def test_a_shift_is_a_permutation_and_the_gradient_of_a_pixel_arrives_at_that_pixel(size, layout):
+    image = torch.randn(4, 3, *size).contiguous(memory_format=layout).requires_grad_()
     steps = [(0, 0), (1, 0), (3, 7), (6, 9)]
-    shifted = _random.shift(image, torch.tensor(steps))
+    shifted = _random.shifted(image, _random.shift_of(torch.tensor(steps), *size))
     for before, after, (up, left) in zip(image, shifted, steps, strict=True):
         assert torch.equal(after, before.roll((-up, -left), (1, 2)))
-    cotangent = torch.randn_like(shifted)
+    cotangent = torch.randn_like(image)
     (gradient,) = torch.autograd.grad(shifted, image, cotangent)
     for before, after, (up, left) in zip(gradient, cotangent, steps, strict=True):
         assert torch.equal(before, after.roll((up, left), (1, 2)))

@@ -9,7 +9,8 @@ import pytest
 import torch
 from scipy.stats import entropy
 
-from mghf_loss import terms
+from conftest import perturbed_inn
+from mghf_loss import MGHFLoss, terms
 from mghf_loss.terms import channel_entropy, entropy_channel_weights
 
 
@@ -175,6 +176,23 @@ def test_a_constant_image_gets_equal_weights():
 def test_weights_carry_no_gradient():
     features = torch.randn(1, 4, 8, 8, requires_grad=True)
     assert not entropy_channel_weights(features).requires_grad
+
+
+@pytest.mark.parametrize("variant", ["pyramid", "packet"])
+@pytest.mark.parametrize("weighting", ["uniform", "entropy"])
+def test_the_terms_of_a_loss_are_the_means_over_the_levels(variant, weighting):
+    network = perturbed_inn(variant=variant, levels=2)
+    factors = dict.fromkeys(("content", "style", "correlation", "texture", "patch_nce"), 1.0)
+    options = {"conditioning": "own", "shift": "none", "patches": None, "prune": 0.25 * (weighting == "entropy")}
+    criterion = MGHFLoss(coefficients=factors, inn=network, weighting=weighting, **options)
+    sr, gt = torch.rand(2, 2, 3, 16, 24)
+    per_level = {name: [] for name in factors}
+    for sr_level, gt_level in zip(*(network.features(2 * image - 1) for image in (sr, gt)), strict=True):
+        weights = entropy_channel_weights(gt_level) if weighting == "entropy" else None
+        for name, values in per_level.items():
+            values.append(getattr(terms, name)(sr_level, gt_level, weights, reduction="none"))
+    for name, found in criterion.term_values(sr, gt).items():
+        torch.testing.assert_close(found, torch.stack(per_level[name]).mean(0), rtol=1e-5, atol=1e-7)
 
 
 def test_texture_by_hand():

@@ -6,14 +6,16 @@ graphs and `torch.compile` need nothing special.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
 
 def seed(gt: Tensor, generator: torch.Generator | None) -> Tensor:
     """One number for each GT, (B,) int64: from GT (B, 3, H, W) in [0, 255], rounded, and the generator's seed."""
-    start = 0 if generator is None else generator.initial_seed() % 2**62
-    return start + gt.detach().round().long().flatten(1).sum(1)
+    of_gt = gt.detach().round().long().flatten(1).sum(1)
+    return of_gt if generator is None else of_gt + generator.initial_seed() % 2**62
 
 
 def integers(seed: Tensor, count: int) -> Tensor:
@@ -21,25 +23,62 @@ def integers(seed: Tensor, count: int) -> Tensor:
 
     Reference: Steele et al., OOPSLA 2014 (SplitMix64).
     """
-    key = seed[:, None] + torch.arange(1, count + 1, device=seed.device) * -0x61C8864680B583EB
+    counter = torch.arange(1, count + 1, device=seed.device)
+    key = torch.add(seed[:, None], counter, alpha=-0x61C8864680B583EB)
     key = (key ^ (key >> 30)) * -0x40A7B892E31B1A47
     key = (key ^ (key >> 27)) * -0x6B2FB644ECCEEE15
     return key ^ (key >> 31)
 
 
-def shift(image: Tensor, offsets: Tensor) -> Tensor:
-    """Shift images (B, C, H, W) cyclically by their own offsets, (B, 2), in pixels up and to the left.
+class Shift(NamedTuple):
+    """Cyclic shifts of the images of a batch: the row and column of the image that each row and column takes."""
 
-    A permutation: every pixel counts once, and the gradient of a pixel arrives at that pixel.
-    """
-    height, width = image.shape[2:]
-    rows = (torch.arange(height, device=image.device) + offsets[:, :1]) % height
-    columns = (torch.arange(width, device=image.device) + offsets[:, 1:]) % width
-    return _select_rows(_select_rows(image, rows).transpose(2, 3), columns).transpose(2, 3)
+    rows: Tensor  # (B, H)
+    columns: Tensor  # (B, W)
 
 
-def _select_rows(image: Tensor, rows: Tensor) -> Tensor:
-    """Rows of images (B, C, H, W) by their numbers, (B, H); `gather` would keep the image for the backward pass."""
-    batch, channels, height, width = image.shape
-    first = torch.arange(batch * channels, device=image.device).view(batch, channels, 1) * height
-    return image.reshape(-1, width).index_select(0, (first + rows[:, None]).flatten()).view(image.shape)
+def shift_of(offsets: Tensor, height: int, width: int) -> Shift:
+    """Shift images of a size by their own offsets, (B, 2), in pixels up and to the left."""
+    rows, columns = (
+        (torch.arange(size, device=offsets.device) + offset) % size
+        for size, offset in zip((height, width), offsets.split(1, dim=1), strict=True)
+    )
+    return Shift(rows, columns)
+
+
+def shifted(image: Tensor, shift: Shift) -> Tensor:
+    """Shift images (B, C, H, W), a permutation: every pixel counts once, and its gradient arrives at that pixel."""
+    # A trace holds no functions of Python.
+    differentiated = image.requires_grad and torch.is_grad_enabled()
+    if differentiated and not torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
+        return _Shifted.apply(image, *shift)  # type: ignore[return-value]
+    return _gather(image, *shift)
+
+
+def _gather(image: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    return image.flatten(2).gather(2, _index(image, rows, columns)).view(image.shape)
+
+
+def _index(image: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Where each pixel of the shifted images comes from, (B, C, H W)."""
+    index = torch.add(columns[:, None], rows[:, :, None], alpha=image.shape[3]).flatten(1)
+    return index[:, None].expand(-1, image.shape[1], -1)
+
+
+class _Shifted(torch.autograd.Function):
+    """`gather` whose backward pass keeps rows and columns: autograd would keep the image, and an index of its size."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(image: Tensor, rows: Tensor, columns: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return _gather(image, rows, columns)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        gradient, index = gradients[0].flatten(2), _index(gradients[0], *ctx.saved_tensors)
+        return torch.empty_like(gradient).scatter_(2, index, gradient).view(gradients[0].shape), None, None

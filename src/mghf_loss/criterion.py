@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from functools import wraps
 from types import MappingProxyType
-from typing import Any, Literal, cast, overload
+from typing import Any, Literal, overload
 
 import torch
 import torch.nn.functional as F
@@ -158,8 +158,8 @@ class Criterion(nn.Module, ABC):
             _checks.foreign(type(self).__name__, unknown)
             raise TypeError(f"{type(self).__name__} takes sr, gt and options, got an unknown {', '.join(unknown)}")
         values = self.term_values(sr, gt, generator, mask=mask)
-        total = sum(self._coefficients[name] * value for name, value in values.items())
-        loss = terms.reduce(cast(Tensor, total), self.reduction)
+        total = torch.stack([self._coefficients[name] * value for name, value in values.items()]).sum(0)
+        loss = terms.reduce(total, self.reduction)
         if not return_terms:
             return loss
         return loss, {name: terms.reduce(value.detach(), self.reduction) for name, value in values.items()}
@@ -227,4 +227,5 @@ def rescale(image: Tensor, source: tuple[float, float], target: tuple[float, flo
     if source == target:
         return image
     scale = (target[1] - target[0]) / (source[1] - source[0])
-    return image * scale + (target[0] - source[0] * scale)
+    offset = target[0] - source[0] * scale
+    return image * scale + offset if offset else image * scale

@@ -164,9 +164,8 @@ class Level(nn.Module):
     def conditioning(self, x: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Return details and low-pass as `forward` does, and the scale of every coupling."""
         details, low = self._split(x)
-        scales = []
+        condition, scales = low * self.condition_scale, []
         for mixing, coupling in self._pairs():
-            condition = low * self.condition_scale
             found = fused_coupling(mixing, coupling, details, condition)
             if found is None:
                 details, log_scale = coupling.transform(mixing.transform(details), condition)

@@ -16,8 +16,8 @@ from ._gt_cache import GTCache
 from .criterion import Criterion, Memory, merged_coefficients, rescale
 from .dino import DEFAULT_MODEL, DinoJSDLoss
 from .frozen import Frozen
-from .ops import second_order_statistics
-from .ops.statistics import Precision
+from .ops.statistics import Precision, stacked_statistics
+from .ops.texture import texture_error
 
 if TYPE_CHECKING:
     from .inn import HighFrequencyINN
@@ -101,31 +101,37 @@ class FeatureCriterion(Criterion):
         self.inn = _load(inn) if needs_inn else None
 
     @abstractmethod
-    def _level_terms(self, sr: Tensor, gt: GTLevel, seed: Tensor) -> dict[str, Tensor]:
-        """Terms of one level by name, per image (B,)."""
+    def _stack_terms(self, levels: list[tuple[Tensor, GTLevel]], seed: Tensor) -> dict[str, Tensor]:
+        """Terms by name, (L, B), of levels with equal numbers of channels: all of a pyramid, one of a packet."""
 
     def _terms(self, sr: Tensor, gt: Tensor, generator: torch.Generator | None) -> dict[str, Tensor]:
         inn = self.inn
         if inn is None:
             return {}
         seed = _random.seed(rescale(inn.like(gt), self.input_range, (0.0, 255.0)), generator)
-        offsets = self._offsets(seed, inn.network.stride)
+        shifts = self._shifts(seed, gt)
 
         def pyramids(gt: Tensor) -> list[GTPyramid]:
             gt = self._normalised(gt)
-            return [self._gt_pyramid(_shifted(gt, offset)) for offset in offsets]
+            return [self._gt_pyramid(_shifted(gt, shift)) for shift in shifts]
 
         settings = *inn.identity(), self.input_range, self.conditioning, self.shift, self.weighting, self.prune
         of_generator = None if generator is None else generator.initial_seed()
         gt_pyramids = self.gt_pyramids.get(gt, pyramids, *settings, of_generator)
-        sr = self._normalised(sr)
         if self.conditioning == "gt":  # the features of SR are those of GT plus a linear function of the difference
-            sr = sr - self._normalised(gt.detach())
-        per_level = []
-        for offset, gt_pyramid in zip(offsets, gt_pyramids, strict=True):
-            sr_levels = self._sr_levels(_shifted(sr, offset), gt_pyramid)
-            per_level += [self._level_terms(s, g, seed) for s, g in zip(sr_levels, gt_pyramid.levels, strict=True)]
-        return {name: torch.stack([values[name] for values in per_level]).mean(0) for name in per_level[0]}
+            low, high = self.input_range
+            sr = rescale(inn.like(sr) - inn.like(gt.detach()), (0.0, high - low), (0.0, 2.0))
+        else:
+            sr = self._normalised(sr)
+        found = []
+        for shift, gt_pyramid in zip(shifts, gt_pyramids, strict=True):
+            levels = list(zip(self._sr_levels(_shifted(sr, shift), gt_pyramid), gt_pyramid.levels, strict=True))
+            stacks = [levels] if inn.network.config.variant == "pyramid" else [[level] for level in levels]
+            found += [self._stack_terms(stack, seed) for stack in stacks]
+        values = found[0]
+        if len(found) > 1:
+            values = {name: torch.cat([stack[name] for stack in found]) for name in values}
+        return {name: value.mean(0) for name, value in values.items()}
 
     def _normalised(self, image: Tensor) -> Tensor:
         """An image in the network's dtype, float32 at least, and range."""
@@ -142,6 +148,11 @@ class FeatureCriterion(Criterion):
         bits = stride.bit_length() - 1
         net = [(k, int(f"{k:0{bits}b}"[::-1], 2)) for k in range(stride)]
         return [seed.new_tensor(point).expand(len(seed), 2) for point in net]
+
+    def _shifts(self, seed: Tensor, gt: Tensor) -> list[_random.Shift | None]:
+        assert self.inn is not None
+        offsets = self._offsets(seed, self.inn.network.stride)
+        return [None if offset is None else _random.shift_of(offset, *gt.shape[2:]) for offset in offsets]
 
     def _gt_pyramid(self, gt: Tensor) -> GTPyramid:
         assert self.inn is not None
@@ -214,8 +225,8 @@ class MGHFnLoss(FeatureCriterion):
     ) -> None:
         super().__init__({"content": 1.0}, inn, conditioning, shift, input_range, reduction, memory, cache_gt)
 
-    def _level_terms(self, sr: Tensor, gt: GTLevel, seed: Tensor) -> dict[str, Tensor]:
-        return {"content": terms.content(sr, gt.features, reduction="none")}
+    def _stack_terms(self, levels: list[tuple[Tensor, GTLevel]], seed: Tensor) -> dict[str, Tensor]:
+        return {"content": torch.stack([terms.content(sr, gt.features, reduction="none") for sr, gt in levels])}
 
 
 class MGHFLoss(FeatureCriterion):
@@ -327,30 +338,38 @@ class MGHFLoss(FeatureCriterion):
     def _wanted(self) -> set[str]:
         return {name for name, factor in self._coefficients.items() if factor}
 
-    def _level_terms(self, sr: Tensor, gt: GTLevel, seed: Tensor) -> dict[str, Tensor]:
+    def _stack_terms(self, levels: list[tuple[Tensor, GTLevel]], seed: Tensor) -> dict[str, Tensor]:
         """All but texture and PatchNCE share one pass over the features."""
-        (gt_level, weights), wanted, values = gt, self._wanted(), {}
+        wanted, values = self._wanted(), {}
+        per_level = [gt.channel_weights for _, gt in levels if gt.channel_weights is not None]
+        weights = torch.stack(per_level) if per_level else None
         if wanted & {"content", "style", "correlation"}:
-            statistics = second_order_statistics(
-                sr, gt_level, weights, gram="style" in wanted, precision=self.precision
-            )
-            for name, term in (("content", terms.content), ("style", terms.style), ("correlation", terms.correlation)):
-                if name in wanted:
-                    values[name] = term(sr, gt_level, weights, reduction="none", statistics=statistics)
+            features = [(sr, gt.features, gt.channel_weights) for sr, gt in levels]
+            statistics = stacked_statistics(features, gram="style" in wanted, precision=self.precision)
+            if "content" in wanted:
+                values["content"] = terms.content_of(statistics.squared_error, weights)
+            if "style" in wanted:
+                values["style"] = terms.style_of(statistics, weights)
+            if "correlation" in wanted:
+                values["correlation"] = terms.correlation_of(statistics, weights)
         if "texture" in wanted:
-            values["texture"] = terms.texture(sr, gt_level, weights, reduction="none")
+            error = torch.stack([texture_error(sr, gt.features) for sr, gt in levels])
+            values["texture"] = terms.texture_of(error, weights)
         if "patch_nce" in wanted:
-            values["patch_nce"] = terms.patch_nce(
-                sr,
-                gt_level,
-                weights,
-                locations=terms.random_locations(seed, sr.shape[2] * sr.shape[3], self.patches),
-                modulation=self.modulation,
-                temperature=self.temperature,
-                reduction="none",
-                precision=self.precision,
-            )
+            values["patch_nce"] = torch.stack([self._patch_nce(sr, *gt, seed) for sr, gt in levels])
         return values
+
+    def _patch_nce(self, sr: Tensor, gt: Tensor, channel_weights: Tensor | None, seed: Tensor) -> Tensor:
+        return terms.patch_nce(
+            sr,
+            gt,
+            channel_weights,
+            locations=terms.random_locations(seed, sr.shape[2] * sr.shape[3], self.patches),
+            modulation=self.modulation,
+            temperature=self.temperature,
+            reduction="none",
+            precision=self.precision,
+        )
 
 
 def _load(inn: str | Path | HighFrequencyINN) -> Frozen[HighFrequencyINN]:
@@ -361,5 +380,5 @@ def _load(inn: str | Path | HighFrequencyINN) -> Frozen[HighFrequencyINN]:
     return Frozen(inn if isinstance(inn, HighFrequencyINN) else HighFrequencyINN.from_pretrained(inn))
 
 
-def _shifted(image: Tensor, offset: Tensor | None) -> Tensor:
-    return image if offset is None else _random.shift(image, offset)
+def _shifted(image: Tensor, shift: _random.Shift | None) -> Tensor:
+    return image if shift is None else _random.shifted(image, shift)
