@@ -45,40 +45,59 @@ class Tiles:
     back_options: dict[str, int | bool]
 
 
-def tiles(channels: int, itemsize: int, precision: str, capability: tuple[int, int], aligned: bool) -> Tiles:
-    """Choose block sizes for features of `itemsize` bytes.
+# The first row that fits is taken, None fits all. Which features: channels of a block at most, precision, `aligned`,
+# Hopper GPU, one block, bytes of a number. Then (places, warps, stages) of the forward kernel on the diagonal, (warps,
+# stages) off it, (channels of a step or None for the whole block, places, warps, stages) of the backward kernel.
+TILES = (
+    # Small tiles, and no block off the diagonal.
+    ((16, "fast", True, None, True, None), (64, 4, 3), None, (None, 128, 4, 1)),
+    ((16, "high", True, None, True, None), (64, 4, 3), None, (None, 64, 4, 1)),
+    ((16, "fast", False, None, True, None), (32, 4, 3), None, (None, 128, 4, 1)),
+    ((16, "high", False, None, True, None), (32, 4, 3), None, (None, 64, 4, 1)),
+    # Loads are not vectors, and addresses take registers: smaller tiles, fewer stages.
+    ((64, "fast", False, None, None, None), (16, 8, 2), (8, 2), (32, 32, 8, 1)),
+    ((64, "high", False, None, None, None), (32, 8, 1), (8, 1), (16, 32, 8, 1)),
+    ((128, "fast", False, None, None, None), (16, 8, 1), (8, 1), (32, 32, 8, 1)),
+    ((128, "high", False, None, None, None), (16, 8, 1), (8, 1), (16, 32, 8, 1)),
+    # A product of 64 rows occupies four warps, eight make it twice; off Hopper four would spill in float32.
+    ((64, "fast", True, True, True, 4), (32, 4, 3), None, (None, 64, 8, 1)),
+    ((64, "fast", True, False, True, 4), (32, 8, 3), None, (None, 32, 8, 1)),
+    # 16 bits: half the bytes of a tile.
+    ((64, "fast", True, True, True, 2), (64, 8, 3), None, (None, 64, 8, 1)),
+    ((64, "fast", True, False, True, 2), (32, 4, 3), None, (None, 32, 8, 1)),
+    # Several blocks of 64, off Hopper: a program off the diagonal holds both matrices of two blocks.
+    ((64, "fast", True, False, False, None), (16, 4, 3), (8, 3), (32, 32, 8, 1)),
+    # Products in float32 run on the ordinary cores, and both operands take registers.
+    ((64, "high", True, None, None, None), (32, 8, 2), (8, 2), (16, 64, 8, 1)),
+    # Hopper, whose 227 KB of shared memory hold blocks of 128; other GPUs have 99 KB at least.
+    ((128, "fast", True, True, None, None), (32, 8, 3), (8, 2), (32, 64, 8, 2)),
+    ((128, "high", True, True, None, None), (16, 8, 2), (8, 2), (16, 64, 8, 1)),
+)
 
-    `aligned`: places and strides divide by 16. Otherwise loads are not vectors and addresses take registers, so that
-    tiles must be smaller.
-    """
-    hopper = capability[0] == 9  # 227 KB of shared memory; others have 99 KB at least
-    high = precision == "high"
+
+@cache
+def tiles(channels: int, itemsize: int, precision: str, capability: tuple[int, int], aligned: bool) -> Tiles:
+    """Choose block sizes for features of `itemsize` bytes; `aligned`: places and strides divide by 16."""
+    hopper = capability[0] == 9
     largest = CHANNEL_BLOCK if hopper else CHANNEL_BLOCK // 2
     block = min(largest, max(16, triton.next_power_of_2(channels)))
     blocks = triton.cdiv(channels, block)
-    off = launch_options(8, 2) if hopper or high else launch_options(8, 3)
-    if block <= 16:
-        forward = (64 if aligned else 32, launch_options(4, 3))
-        back = (16, 64 if high else 128, launch_options(4, 1))
-    elif not aligned:
-        forward = (32 if high and block <= 64 else 16, launch_options(8, 1 if block > 64 or high else 2))
-        off = forward[1]
-        back = (16 if high else 32, 32, launch_options(8, 1))
-    elif block <= 64:
-        if high:
-            forward = (32, launch_options(8, 2))
-        elif blocks > 1:  # both matrices of a block off the diagonal
-            forward = (16, launch_options(4, 3))
-        elif itemsize == 2:
-            forward = (64, launch_options(8, 3)) if hopper else (32, launch_options(4, 3))
-        else:  # a product of 64 rows occupies four warps, eight make it twice; off Hopper four would spill
-            forward = (32, launch_options(4 if hopper else 8, 3))
-        inner = 16 if high else block if blocks == 1 else 32  # the whole block where it has all channels
-        back = (inner, 64 if high or hopper else 32, launch_options(8, 1))
-    else:
-        forward = (16, launch_options(8, 2)) if high else (32, launch_options(8, 3))
-        back = (16, 64, launch_options(8, 1)) if high else (32, 64, launch_options(8, 2))
-    return Tiles(block, blocks, *forward, off, *back)
+    features = (precision, aligned, hopper, blocks == 1, itemsize)
+    (places, *options), off, (inner, *back) = next(
+        row
+        for (most, *wanted), *row in TILES
+        if block <= most and all(want in (None, found) for want, found in zip(wanted, features, strict=True))
+    )
+    return Tiles(
+        channels=block,
+        blocks=blocks,
+        places=places,
+        options=launch_options(*options),
+        off_options=launch_options(*(off or options)),
+        back_inner=inner or block,
+        back_places=back[0],
+        back_options=launch_options(*back[1:]),
+    )
 
 
 def statistics_triton(
