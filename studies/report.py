@@ -198,10 +198,11 @@ def plot_front(study: Study, track: Track, path: Path) -> None:
             axis.set_axis_off()
             continue
         axis.plot(0, l1.figure(metric), "k*", markersize=12, zorder=5)
-        for index, (loss, points) in enumerate(lines(study, track, whole=True).items()):
-            is_ours = loss != L1 and study.config.losses[loss].type in losses.OURS
-            shown = [(-drop(p, l1), p.figure(metric)) for p in points if drop(p, l1) < MOST_DROP]
-            draw_line(axis, shown, loss, index, 2.4 if is_ours else 1.0)
+        for loss, points in lines(study, track, whole=True).items():
+            if loss != L1 or track.critic:
+                shown = [(-drop(p, l1), p.figure(metric)) for p in points if drop(p, l1) < MOST_DROP]
+                draw_line(axis, shown, loss, is_ours(study, loss))
+        axis.margins(x=0.2)  # for the names
         axis.set_xlabel("PSNR against L1, dB")
         axis.set_ylabel(tables.heading(metric))
     over = "the GAN weight" if track.critic else "the factor"
@@ -216,22 +217,27 @@ def plot_factors(study: Study, track: Track, path: Path) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
     labels = ("score, less is better, L1 has 0", "drop of PSNR, dB")
     for which, (axis, label) in enumerate(zip(axes, labels, strict=True)):
-        for index, loss in enumerate(study.available(track)):
+        for loss in study.available(track):
             scored = study.scored(track, loss)
             if scored is not None:
                 points = sorted((ratio, value) for ratio, value in scored[which].items() if math.isfinite(value))
-                draw_line(axis, points, loss, index, 1.0)
+                draw_line(axis, points, loss, is_ours(study, loss))
         axis.set_xscale("log", base=4)
         axis.set_xlabel("factor, multiples of equal gradients")
         axis.set_ylabel(label)
     save(figure, path)
 
 
-def draw_line(axis: Any, points: Sequence[tuple[float, float]], label: str, index: int, width: float) -> None:
-    """A line with its name at the end."""
+def is_ours(study: Study, loss: str) -> bool:
+    return loss != L1 and study.config.losses[loss].type in losses.OURS
+
+
+def draw_line(axis: Any, points: Sequence[tuple[float, float]], label: str, strong: bool) -> None:
+    """A line with its name at the end, red and in front if it is one of ours."""
+    color, order = ("tab:red", 4) if strong else ("0.45", 3)
     if points:
-        axis.plot(*zip(*points, strict=True), marker=".", color=f"C{index % 10}", linewidth=width)
-        axis.annotate(label, points[-1], (4, 0), textcoords="offset points", fontsize=8, color=f"C{index % 10}")
+        axis.plot(*zip(*points, strict=True), marker=".", color=color, linewidth=2 if strong else 1, zorder=order)
+        axis.annotate(label, points[-1], (4, 0), textcoords="offset points", fontsize=8, color=color, zorder=order)
     axis.grid(alpha=0.3)
 
 
