@@ -201,7 +201,8 @@ def test_the_terms_of_a_loss_are_the_means_over_the_levels(variant, weighting):
     for sr_level, gt_level in zip(*(network.features(2 * image - 1) for image in (sr, gt)), strict=True):
         weights = entropy_channel_weights(gt_level) if weighting == "entropy" else None
         for name, values in per_level.items():
-            values.append(getattr(terms, name)(sr_level, gt_level, weights, reduction="none"))
+            bound = {"delta": criterion.style_delta} if name == "style" else {}
+            values.append(getattr(terms, name)(sr_level, gt_level, weights, reduction="none", **bound))
     for name, found in criterion.term_values(sr, gt).items():
         torch.testing.assert_close(found, torch.stack(per_level[name]).mean(0), rtol=1e-5, atol=1e-7)
 
