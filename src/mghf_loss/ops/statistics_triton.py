@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 import triton
@@ -48,7 +49,7 @@ class Tiles:
 # The first row that fits is taken, None fits all. Which features: channels of a block at most, precision, `aligned`,
 # Hopper GPU, one block, bytes of a number. Then (places, warps, stages) of the forward kernel on the diagonal, (warps,
 # stages) off it, (channels of a step or None for the whole block, places, warps, stages) of the backward kernel.
-TILES = (
+TILES: tuple[tuple[Any, ...], ...] = (
     # Small tiles, and no block off the diagonal.
     ((16, "fast", True, None, True, None), (64, 4, 3), None, (None, 128, 4, 1)),
     ((16, "high", True, None, True, None), (64, 4, 3), None, (None, 64, 4, 1)),
