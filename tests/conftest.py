@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,10 @@ def pytest_configure(config: pytest.Config) -> None:
     """Run all of the files that the command line names: the fast tier is for `pytest` alone."""
     if hasattr(config, "workerinput"):
         return  # of xdist: the first process has decided
+    # The user's cache may hold code for an operator's last schema, which is not in the cache's keys.
+    compiled = tempfile.TemporaryDirectory(prefix="inductor-")
+    config.add_cleanup(compiled.cleanup)
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = compiled.name
     given = config.invocation_params.args
     if config.args_source is pytest.Config.ArgsSource.ARGS and not any(str(word).startswith("-m") for word in given):
         config.option.markexpr = ""
