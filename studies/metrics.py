@@ -42,6 +42,7 @@ CONNECTION_TIMEOUT = 10  # seconds, of a download of weights
 RINGS = 32  # of a radial spectrum, from 0 to the Nyquist frequency of 1/2 cycle per pixel
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 SHIFTS = 4  # of the grid of an x4 model
+PERIOD, WINDOW = 4, 60  # of a pattern; the window holds whole periods of one more and one less too
 DISPLAY = "standard_4k"
 
 
@@ -262,6 +263,26 @@ def grid_locks(judge: Judge, srs: list[Tensor]) -> Values:
     return [list(_others_and_at_phase(_phases(sr), gt)) for sr, gt in zip(srs, gts, strict=True)]
 
 
+def pattern(sr: Tensor, gt: Tensor) -> tuple[float, float]:
+    """Energy of SR's details that repeats every 4 pixels, beyond what repeats every 3 and 5, and all of it.
+
+    Details are luma minus its mean over 5 x 5; what repeats every p pixels is their mean over the places of equal
+    phase, (row mod p, column mod p), in windows of 60 x 60. A pixel shuffle, a transposed convolution or a loss on a
+    grid may leave such a pattern, and NIQE, KID and the spectrum take it for detail. Edges repeat a little at every
+    period: the neighbouring periods say how much.
+    """
+    luma = torch.einsum("bchw,c->bhw", sr.double(), sr.new_tensor(LUMA).double())
+    details = luma - F.avg_pool2d(F.pad(luma, (2, 2, 2, 2), mode="replicate"), 5, 1)
+    windows = F.unfold(details[:, None], WINDOW, stride=WINDOW)[0].T
+
+    def repeating(period: int) -> float:
+        cells = windows.unflatten(1, (WINDOW // period, period, WINDOW // period, period)).mean((1, 3)).flatten(1)
+        return cells.var(1, correction=0).sum().item()
+
+    excess = repeating(PERIOD) - (repeating(PERIOD - 1) + repeating(PERIOD + 1)) / 2
+    return excess, windows.square().mean(1).sum().item()
+
+
 def kid(sr_features: Tensor, gt_features: Tensor) -> float:
     """Kernel distance (squared MMD) of two sets of n features (n, d), k(a, b) = (a.b / d + 1)^3.
 
@@ -332,4 +353,5 @@ METRICS = {
     "spectrum_error": Metric("lower", per_pair(spectrum_error)),
     "detail_energy": Metric("one", per_pair(detail_energy)),
     "grid_lock": Metric("lower", grid_locks),
+    "pattern": Metric("lower", per_pair(pattern)),
 }

@@ -54,6 +54,7 @@ TUNING_METRICS = (
     "detail_energy",
     "feature_distance",
     "grid_lock",
+    "pattern",
 )
 SCORE = ("jod", "niqe", "kid_lite2", "spectrum_error")
 

@@ -30,9 +30,9 @@ from .training import restore
 # At most six columns each, the loss among them.
 GROUPS = (
     ("psnr", "ssim", "ms_ssim", "haarpsi", "jod"),
-    ("vif", "gmsd", "mdsi", "feature_distance", "grid_lock"),
     ("niqe", "kid", "kid_lite2", "spectrum_error", "detail_energy"),
-    ("lpips", "dists"),
+    ("vif", "gmsd", "mdsi", "feature_distance"),
+    ("grid_lock", "pattern", "lpips", "dists"),
 )
 POOLED = ("kid", "kid_lite2")
 CROP, CROPS = 96, 3

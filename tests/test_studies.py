@@ -14,6 +14,7 @@ REPOSITORY = Path(__file__).parents[1]
 sys.path.insert(0, str(REPOSITORY))
 pytest.importorskip("kornia", reason="needs the extra bench")
 
+from mghf_loss import toy  # noqa: E402
 from studies import config, diagnose, metrics, protocol, tables  # noqa: E402
 from studies.store import claim, read_json, write_json  # noqa: E402
 
@@ -114,6 +115,21 @@ def test_grid_lock_tells_errors_of_one_phase():
     assert others / at_phase == pytest.approx(1, abs=0.05)
     others, at_phase = metrics.grid_lock(stairs, gt)
     assert abs(others / at_phase - 1) > 0.01
+
+
+def test_a_pattern_is_what_repeats_every_four_pixels():
+    photograph = toy.middle(toy.photograph("astronaut"), 240)
+    repeats = {}
+    for period in (3, 4, 5):
+        cell = torch.randn(period, period, generator=torch.Generator().manual_seed(period)) / 50
+        tiles = (-(-240 // period), -(-240 // period))
+        excess, details = metrics.pattern(photograph + cell.repeat(tiles)[:240, :240], photograph)
+        repeats[period] = excess / details
+    excess, details = metrics.pattern(photograph, photograph)
+    assert abs(excess / details) < 0.005  # edges do not count
+    assert repeats[4] > 0.05
+    assert repeats[3] < 0
+    assert repeats[5] < 0
 
 
 def test_recovery_by_the_squared_error_and_what_a_response_is_called():
