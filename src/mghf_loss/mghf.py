@@ -46,7 +46,7 @@ PRESETS: dict[Preset, Settings] = {
     "balanced": Settings(
         OFF | {"content": 0.1, "style": 300.0, "correlation": 0.5, "texture": 0.15}, conditioning="gt"
     ),
-    "sharp": Settings(OFF | {"content": 0.15, "style": 1000.0, "correlation": 0.5, "texture": 0.15}),
+    "sharp": Settings(OFF | {"content": 0.05, "style": 430.0, "correlation": 0.1}),
     "gan": Settings(OFF | {"content": 0.0625, "correlation": 0.2, "texture": 0.1}, conditioning="gt"),
     "denoise": Settings(OFF | {"content": 0.05}),
     "paper": Settings(
