@@ -37,7 +37,7 @@ GROUPS = (
 POOLED = ("kid", "kid_lite2")
 CROP, CROPS = 96, 3
 CROP_DROP = 0.1
-MOST_DROP = 0.6  # that a figure shows
+MOST_DROP = 0.6  # that a figure over the factor shows
 
 
 @dataclass(frozen=True)
@@ -200,7 +200,7 @@ def plot_front(study: Study, track: Track, path: Path) -> None:
         axis.plot(0, l1.figure(metric), "k*", markersize=12, zorder=5)
         for loss, points in lines(study, track, whole=True).items():
             if loss != L1 or track.critic:
-                shown = [(-drop(p, l1), p.figure(metric)) for p in points if drop(p, l1) < MOST_DROP]
+                shown = [(-drop(p, l1), p.figure(metric)) for p in points if track.critic or drop(p, l1) < MOST_DROP]
                 draw_line(axis, shown, loss, is_ours(study, loss))
         axis.margins(x=0.2)  # for the names
         axis.set_xlabel("PSNR against L1, dB")
@@ -241,17 +241,32 @@ def draw_line(axis: Any, points: Sequence[tuple[float, float]], label: str, stro
     axis.grid(alpha=0.3)
 
 
+def crop_runs(study: Study, track: Track, names: Sequence[str]) -> dict[str, Run]:
+    """What crops show beside L1: the judged factor nearest to -0.1 dB, or beside a critic the middle GAN weight."""
+    l1 = Run(track.model, track.task, track.seeds[0])
+    shown, judged = {L1: l1}, lines(study, track, whole=True)
+    if track.critic:
+        weight = track.critic[len(track.critic) // 2]
+        for loss in (L1, *names):
+            for point in judged.get(loss, ()):
+                run = replace(l1, loss=loss, ratio=point.ratio, critic=weight)
+                if study.figures("judged", run):
+                    shown[f"{loss}, GAN {weight:g}"] = run
+        return shown
+    reference = entry(study, track, L1, 0.0, seeds=1)
+    for loss in names:
+        if reference is not None and loss in judged:
+            drops = {point.ratio: drop(point, reference) for point in judged[loss]}
+            nearest = min(drops, key=lambda ratio: abs(drops[ratio] - CROP_DROP))
+            shown[f"{loss}, {-drops[nearest]:+.2f} dB"] = replace(l1, loss=loss, ratio=nearest)
+    return shown
+
+
 def plot_crops(study: Study, track: Track, path: Path, names: Sequence[str]) -> None:
-    """The most detailed windows of the judging photographs at the judged factor nearest to -0.1 dB."""
+    """The most detailed windows of the judging photographs."""
     from matplotlib import pyplot as plt
 
-    shown: dict[str, Run] = {L1: Run(track.model, track.task, track.seeds[0])}
-    l1, judged = entry(study, track, L1, 0.0, seeds=1), lines(study, track, whole=True)
-    for loss in names:
-        if l1 is not None and loss in judged:
-            drops = {point.ratio: drop(point, l1) for point in judged[loss]}
-            nearest = min(drops, key=lambda ratio: abs(drops[ratio] - CROP_DROP))
-            shown[f"{loss}, {-drops[nearest]:+.2f} dB"] = replace(shown[L1], loss=loss, ratio=nearest)
+    shown = crop_runs(study, track, names)
     if len(shown) < 2:
         return
     models = {label: study.restorer(run) for label, run in shown.items()}
@@ -317,7 +332,7 @@ def write_report(study: Study, crops: Sequence[str]) -> Path:
     ]
     text += [track_report(study, track, out) for track in study.config.tracks]
     for track in study.config.tracks:
-        if crops and not track.critic:
+        if crops:
             plot_crops(study, track, out / f"{slug(track.name)}-crops.png", [c for c in crops if c in track.losses])
     lines_of_json = "\n".join(json.dumps(row) for row in finished) + "\n"
     write_atomically(out / "rows.jsonl", lambda path: path.write_text(lines_of_json, "utf-8"))
