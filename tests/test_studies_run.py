@@ -106,7 +106,8 @@ def test_a_study_from_photographs_to_report(study, folders, tmp_path, capsys):
     for row in rows:
         assert {"device", "torch", "mghf_loss", "commit", "date", "seed", "applied_factor"} <= row.keys()
         assert len(row["tuning"]["psnr"]) == 2
-    assert all((tmp_path / "out" / f"x4-{name}.png").exists() for name in ("front", "factors", "crops"))
+    figures = ("x4-front", "x4-factors", "x4-crops", "critic-front", "critic-crops")
+    assert all((tmp_path / "out" / f"{name}.png").exists() for name in figures)
 
 
 def test_a_diverged_run_is_a_result(study, monkeypatch):
