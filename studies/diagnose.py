@@ -207,6 +207,7 @@ def images(folder: Path | None, device: str) -> Tensor:
 
 def work(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(arguments.threads)
+    arguments.out.mkdir(parents=True, exist_ok=True)  # before minutes of work
     gt = images(arguments.images, arguments.device)
     known = {L1: LossSpec("l1"), **config.read(arguments.config, needs_tracks=False).losses}
     for name in arguments.losses or ():
