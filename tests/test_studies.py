@@ -15,7 +15,7 @@ sys.path.insert(0, str(REPOSITORY))
 pytest.importorskip("kornia", reason="needs the extra bench")
 
 from mghf_loss import toy  # noqa: E402
-from studies import config, diagnose, metrics, protocol, tables  # noqa: E402
+from studies import config, diagnose, metrics, protocol, tables, wavelets  # noqa: E402
 from studies.store import claim, read_json, write_json  # noqa: E402
 
 pytestmark = pytest.mark.bench
@@ -132,6 +132,19 @@ def test_a_pattern_is_what_repeats_every_four_pixels():
     assert repeats[5] < 0
 
 
+def test_an_undecimated_level_holds_the_decimated_one():
+    gt = torch.rand(1, 3, 48, 48)
+    decimated, undecimated = (wavelets.details(gt, "haar", option)[-1] for option in (False, True))
+
+    def energy(details: torch.Tensor) -> torch.Tensor:
+        return details.square().sum((0, 1))
+
+    torch.testing.assert_close(energy(undecimated)[::2, ::2], energy(decimated), rtol=1e-4, atol=1e-4)
+    loss = wavelets.build("cpu", undecimated=True, shift=True)
+    assert loss(gt, gt, torch.Generator()).item() == pytest.approx(0, abs=1e-5)
+    assert loss((gt + 0.1).roll(1, 3), gt, torch.Generator()) > 0.1
+
+
 def test_recovery_by_the_squared_error_and_what_a_response_is_called():
     gt = torch.rand(1, 3, 16, 16)
 
@@ -146,7 +159,7 @@ def test_recovery_by_the_squared_error_and_what_a_response_is_called():
     assert diagnose.describe_response([0, 2, 1, 3]) == "falls"
 
 
-@pytest.mark.parametrize("name", ["main.toml", "denoise.toml", "ablation.toml", "quick.toml"])
+@pytest.mark.parametrize("name", ["main.toml", "denoise.toml", "ablation.toml", "quick.toml", "wavelets.toml"])
 def test_shipped_configurations_are_read(name):
     assert config.read(REPOSITORY / "studies" / name).tracks
     assert config.read(REPOSITORY / "studies" / "diagnose.toml", needs_tracks=False).losses
