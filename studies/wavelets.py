@@ -33,7 +33,7 @@ def details(image: Tensor, wavelet: str, undecimated: bool) -> list[Tensor]:
     _, *bands = wavedec2(image, wavelet, level=LEVELS, mode="reflect")
     levels = [torch.cat(list(each), 1) for each in bands]
     if undecimated:
-        low, high = image.new_tensor([[0.5, 0.5], [0.5, -0.5]])
+        low, high = image.new_tensor([[1, 1], [1, -1]]) / 2**0.5
         kernels = torch.stack([torch.outer(*pair) for pair in ((low, high), (high, low), (high, high))])
         padded = F.pad(image, (0, 1, 0, 1), mode="replicate")
         levels[-1] = F.conv2d(padded, kernels[:, None].repeat(3, 1, 1, 1), groups=3)
