@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ else:
     import tomli as tomllib
 
 L1 = "L1"
+LEAST_RATIO, MOST_RATIO = 1 / 4, 64  # beyond, L1 adds little
 LEAST = {"steps": 20, "round": 20, "crop": 32, "judge_side": LEAST_SIDE}  # of the protocol; else more than 0
 
 
@@ -128,6 +129,9 @@ def _section(kind: type, content: Any, where: str) -> Any:
         raise ValueError(f"{where} must be a table, got {content!r}")
     if set(content) - known:
         raise ValueError(f"{where}: unknown keys {sorted(set(content) - known)}, known are {sorted(known)}")
+    missing = {each.name for each in fields(kind) if each.default is MISSING and each.default_factory is MISSING}
+    if missing - set(content):
+        raise ValueError(f"{where} {content.get('name', '')}: missing keys {sorted(missing - set(content))}")
     return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in content.items()})
 
 
@@ -162,6 +166,10 @@ def _check_tracks(config: Config) -> None:
     names = [track.name for track in config.tracks]
     for track in config.tracks:
         where = f"track {track.name!r}"
+        if not isinstance(track.name, str) or not track.name:
+            raise ValueError(f"{where}: name must be a word or more")
+        if not isinstance(track.losses, tuple) or not track.losses or len(set(track.losses)) < len(track.losses):
+            raise ValueError(f"{where}: losses must be a list of different names, got {track.losses!r}")
         if names.count(track.name) > 1:
             raise ValueError(f"{where} is there twice")
         for loss in track.losses:
@@ -171,8 +179,8 @@ def _check_tracks(config: Config) -> None:
         if track.model in models.SR_ONLY and not tasks.is_sr(track.task):
             raise ValueError(f"{where}: model {track.model!r} is for SR tasks, got {track.task!r}")
         _numbers(f"{where}: seeds", track.seeds, 0, whole=True)
-        if not track.seeds:
-            raise ValueError(f"{where}: seeds must name one at least")
+        if not track.seeds or len(set(track.seeds)) < len(track.seeds):
+            raise ValueError(f"{where}: seeds must be different numbers, one at least, got {list(track.seeds)}")
         _numbers(f"{where}: critic", track.critic, 1e-9)
         if track.critic and track.factors_of is None:
             raise ValueError(f"{where}: critic needs factors_of, the track that chooses the factors")
@@ -186,6 +194,8 @@ def _check_tracks(config: Config) -> None:
 
 def _check_losses(specs: Mapping[str, LossSpec]) -> None:
     for name, loss in specs.items():
+        if not isinstance(loss.type, str):
+            raise ValueError(f"losses.{name!r}.type must be a name, got {loss.type!r}")
         if ":" not in loss.type:
             check_known(f"type of loss {name!r}", loss.type, losses.TYPES)
         if name == L1:
@@ -193,8 +203,9 @@ def _check_losses(specs: Mapping[str, LossSpec]) -> None:
         if not isinstance(loss.options, dict):
             raise ValueError(f"losses.{name!r}.options must be a table, got {loss.options!r}")
         _numbers(f"losses.{name!r}.ratios", loss.ratios, 1e-9)
-        if len(loss.ratios) < 2:
-            raise ValueError(f"losses.{name!r}.ratios must be two numbers or more, got {loss.ratios!r}")
+        if len(loss.ratios) < 2 or min(loss.ratios) < LEAST_RATIO or max(loss.ratios) > MOST_RATIO:
+            wanted = f"two numbers or more from {LEAST_RATIO:g} to {MOST_RATIO:g}"
+            raise ValueError(f"losses.{name!r}.ratios must be {wanted}, got {loss.ratios!r}")
         _number(f"losses.{name!r}.grow", loss.grow, 1.1)
         if loss.factor is not None:
             _number(f"losses.{name!r}.factor", loss.factor, 0)

@@ -29,6 +29,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.machine import provenance
+from mghf_loss._files import check_output
 from mghf_loss.mghf import PRESETS
 from mghf_loss.toy import downscale, middle, photograph, upscale
 
@@ -122,8 +123,12 @@ def response(loss: losses.Loss, gt: Tensor) -> dict[str, list[float]]:
 
 
 def describe_response(values: list[float]) -> str:
-    """Rises all the way, stops rising, or falls."""
+    """Rises all the way, stops rising, falls, or is none."""
     largest = max(values)
+    if not all(map(math.isfinite, values)):
+        return "not finite"
+    if largest <= 0:
+        return "no response"
     if any(b < a - FALL * largest for a, b in itertools.pairwise(values)):
         return "falls"
     return "saturates" if values[-1] - values[-3] < 0.1 * largest else "rises"
@@ -207,13 +212,13 @@ def images(folder: Path | None, device: str) -> Tensor:
 
 def work(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(arguments.threads)
-    arguments.out.mkdir(parents=True, exist_ok=True)  # before minutes of work
     gt = images(arguments.images, arguments.device)
     known = {L1: LossSpec("l1"), **config.read(arguments.config, needs_tracks=False).losses}
     for name in arguments.losses or ():
         config.check_known("loss", name, known)
     specs = {name: known[name] for name in arguments.losses or known}
     specs = {name: spec for name, spec in specs.items() if spec.type not in losses.TRAINING_FREE}
+    check_output(arguments.out)  # before minutes of work
     found: dict[str, dict[str, Any]] = {}
     for name, spec in tqdm(specs.items(), desc="diagnose", unit="loss"):
         try:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.machine import provenance
-from mghf_loss._files import read_image, write_table
+from mghf_loss._files import check_output, read_image, write_table
 from mghf_loss.training.data import list_images
 
 from . import command, photographs, tables
@@ -41,6 +41,8 @@ def judge_folders(sr_folder: Path, gt_folder: Path, device: str = "cpu") -> dict
 
 def work(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(arguments.threads)
+    if arguments.csv is not None:
+        check_output(arguments.csv, {".csv"})
     scores = judge_folders(arguments.sr, arguments.gt, arguments.device)
     if arguments.csv is not None:
         write_table(arguments.csv, [{"sr": arguments.sr, **scores, **provenance(arguments.device)}])

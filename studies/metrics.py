@@ -97,7 +97,7 @@ def mean(values: Values) -> float:
 
 def badness(metric: str, value: float) -> float:
     """Less is better, whatever the metric."""
-    return {"higher": -value, "lower": value, "one": abs(value - 1)}[METRICS[metric].better]
+    return {"higher": -value, "lower": value, "one": abs(value - 1), "zero": abs(value)}[METRICS[metric].better]
 
 
 def as_seen(image: Tensor) -> Tensor:
@@ -237,11 +237,6 @@ def _network(device: str) -> HighFrequencyINN:
     return HighFrequencyINN.from_pretrained("bundled").requires_grad_(False).to(device)
 
 
-def grid_lock(sr: Tensor, gt: Tensor) -> tuple[float, float]:
-    """Mean content (MGHF-n) at diagonal shifts 1 to 3, and content at shift 0, the phase of training."""
-    return _others_and_at_phase(_phases(sr), _phases(gt))
-
-
 def _phases(image: Tensor) -> list[list[Tensor]]:
     """Features of the levels at diagonal shifts 0 to 3."""
     height, width = (side // 8 * 8 - 8 for side in image.shape[-2:])
@@ -258,7 +253,7 @@ def _others_and_at_phase(sr: list[list[Tensor]], gt: list[list[Tensor]]) -> tupl
 
 
 def grid_locks(judge: Judge, srs: list[Tensor]) -> Values:
-    """`grid_lock` of all pairs; what is of GT is computed once."""
+    """Mean content (MGHF-n) at diagonal shifts 1 to 3, and content at shift 0, the phase of training."""
     gts = judge.features("phases", lambda images: [_phases(image) for image in images])
     return [list(_others_and_at_phase(_phases(sr), gt)) for sr, gt in zip(srs, gts, strict=True)]
 
@@ -269,7 +264,8 @@ def pattern(sr: Tensor, gt: Tensor) -> tuple[float, float]:
     Details are luma minus its mean over 5 x 5; what repeats every p pixels is their mean over the places of equal
     phase, (row mod p, column mod p), in windows of 60 x 60. A pixel shuffle, a transposed convolution or a loss on a
     grid may leave such a pattern, and NIQE, KID and the spectrum take it for detail. Edges repeat a little at every
-    period: the neighbouring periods say how much.
+    period: the neighbouring periods say how much. A texture of 4 pixels in the photograph counts too, and one of 3 or
+    5 counts below 0, so compare with an L1 model. A pattern in colour alone is not seen.
     """
     luma = torch.einsum("bchw,c->bhw", sr.double(), sr.new_tensor(LUMA).double())
     details = luma - F.avg_pool2d(F.pad(luma, (2, 2, 2, 2), mode="replicate"), 5, 1)
@@ -328,9 +324,9 @@ def feature_distance(judge: Judge, srs: list[Tensor]) -> Values:
 
 
 class Metric(NamedTuple):
-    """A measure, and whether more is better, less, or nearer to 1."""
+    """A measure, and whether more is better, less, or nearer to 1 or 0."""
 
-    better: Literal["higher", "lower", "one"]
+    better: Literal["higher", "lower", "one", "zero"]
     measure: Callable[[Judge, list[Tensor]], Values]
 
 
@@ -353,5 +349,5 @@ METRICS = {
     "spectrum_error": Metric("lower", per_pair(spectrum_error)),
     "detail_energy": Metric("one", per_pair(detail_energy)),
     "grid_lock": Metric("lower", grid_locks),
-    "pattern": Metric("lower", per_pair(pattern)),
+    "pattern": Metric("zero", per_pair(pattern)),
 }

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mghf_loss._files import open_image, read_pixels
+from mghf_loss._files import read_pixels
 from mghf_loss.toy import middle
 from mghf_loss.training.data import list_images
 
@@ -19,10 +19,9 @@ LEAST_SIDE = 200  # two NIQE blocks of 96 and the border that judges cut
 def check(folder: Path, least: int) -> None:
     """Raise where there is no photograph below `folder`, or one is unreadable or smaller than `least`."""
     for path in list_images(folder):
-        with open_image(path) as image:
-            if min(image.size) < least:
-                width, height = image.size
-                raise ValueError(f"{path} must be at least {least} x {least} pixels, got {width} x {height}")
+        height, width = read_pixels(path).shape[-2:]  # all of it: a file may end early
+        if min(height, width) < least:
+            raise ValueError(f"{path} must be at least {least} x {least} pixels, got {width} x {height}")
 
 
 @cache  # as bytes: all of them as floats would not fit

@@ -28,10 +28,11 @@ from torch import Tensor, nn
 
 from mghf_loss import checkpoints
 from mghf_loss._files import write_atomically
+from mghf_loss.mghf import PRESETS
 from mghf_loss.toy import middle
 
 from . import losses, models, photographs
-from .config import L1, Config, Track
+from .config import L1, LEAST_RATIO, MOST_RATIO, Config, Track
 from .metrics import METRICS, Judge, Values, mean
 from .store import open_folder, read_json, result_path
 from .tasks import degrade, of_base
@@ -39,7 +40,6 @@ from .training import DivergenceError, Objective, restore, train
 
 TUNING_SIDE = 320
 CALIBRATION_CROPS = 32
-LEAST_RATIO, MOST_RATIO = 1 / 4, 64  # beyond, L1 adds little
 DROPS = (0.05, 0.1, 0.2)  # of PSNR against L1, in dB, at which losses are compared
 # What the tuning photographs tell, and what of it makes the score.
 TUNING_METRICS = (
@@ -102,7 +102,7 @@ def score(figures: Mapping[str, float], of_l1: Mapping[str, float], allowance: f
     """
     if not figures or figures["psnr"] < of_l1["psnr"] - allowance:
         return math.inf
-    names = [name for name in SCORE if name in figures]
+    names = [name for name in SCORE if name in figures and name in of_l1]
     if not names:
         raise ValueError(f"none of {', '.join(SCORE)} could be measured: there is nothing to choose a factor by")
 
@@ -149,6 +149,12 @@ class Study:
         photographs.check(self.folders.train, self.config.protocol.crop)
         for folder in (self.folders.tune, self.folders.judge):
             photographs.check(folder, photographs.LEAST_SIDE)
+        judge = self.folders.judge.resolve()
+        for folder in (self.folders.train.resolve(), self.folders.tune.resolve()):
+            if judge in (folder, *folder.parents) or folder in judge.parents:
+                raise ValueError(
+                    f"the photographs of {judge} must choose nothing, got them below {folder} or around it"
+                )
         data = {name: photographs.digest(folder) for name, folder in asdict(self.folders).items()}
         open_folder(self.out, {**data, **asdict(self.config.protocol)})
 
@@ -158,9 +164,10 @@ class Study:
         reasons = {}
         gt = torch.rand(1, 3, 96, 96, generator=torch.Generator().manual_seed(0))
         for name, spec in self.config.losses.items():
-            if spec.type in losses.TRAINING_FREE:
-                continue
             try:
+                if spec.type in losses.TRAINING_FREE:
+                    models.CHANGES[spec.type](nn.Identity(), 1.0, **spec.options)
+                    continue
                 sr = (0.9 * gt).requires_grad_()
                 losses.build(spec.type, spec.options)(sr, gt, torch.Generator()).backward()
             except Exception as error:  # a peer may fail in any way
@@ -183,6 +190,8 @@ class Study:
         if run.loss != L1:
             spec = self.config.losses[run.loss]
             found |= {"type": spec.type, "options": dict(spec.options), "factor": spec.factor}
+            if spec.type == "MGHFLoss":  # a preset may change
+                found["preset"] = asdict(PRESETS[spec.options.get("preset", "balanced")])
             if spec.type in losses.OURS:
                 found["inn"] = _network_sha256(str(spec.options.get("network", "bundled")))
             del found["loss"]
@@ -217,7 +226,7 @@ class Study:
         if not self.is_training_free(run):
             return self.load(run)
         spec, l1 = self.config.losses[run.loss], self.load(self.l1(run))
-        change = models.CHANGES[spec.type](l1, run.ratio, **spec.options).to(self.device)
+        change = models.CHANGES[spec.type](l1, self.factor(run), **spec.options).to(self.device)
         if isinstance(change, models.LatentGain):
             change.fit(*self.calibration_images(l1, run.task))
         return change
@@ -425,8 +434,10 @@ class Study:
         """Measure a loss's gradient ratio at the L1 model's images."""
         spec = self.config.losses[run.loss]
         sr, gt = self.calibration_images(self.load(self.base(run), "bases"), run.task)
-        loss = losses.build(spec.type, spec.options, self.device)
-        return {**self.identity(run), "loss": run.loss, "gradient_ratio": losses.gradient_ratio(loss, sr, gt)}
+        ratio = losses.gradient_ratio(losses.build(spec.type, spec.options, self.device), sr, gt)
+        if not 0 < ratio < math.inf:
+            raise ValueError(f"loss {run.loss!r} has no gradient to choose a factor by: {ratio} times L1's")
+        return {**self.identity(run), "loss": run.loss, "gradient_ratio": ratio}
 
     def factor(self, run: Run) -> float:
         """What a run multiplies its loss by."""
@@ -469,8 +480,13 @@ class Study:
 
     def make_judged(self, run: Run) -> dict[str, Any]:
         """Judge a model on photographs that chose nothing."""
-        values = {} if not self.figures("runs", run) else self.judge(self.restorer(run), run.task, self.final_judge)
-        return {**self.identity(run), "loss": run.loss, "applied_factor": self.factor(run), "values": values}
+        found = {**self.identity(run), "loss": run.loss, "applied_factor": self.factor(run), "values": {}}
+        if self.figures("runs", run):
+            try:
+                found["values"] = self.judge(self.restorer(run), run.task, self.final_judge)
+            except DivergenceError as error:
+                found["failure"] = str(error)
+        return found
 
 
 @cache

@@ -24,7 +24,7 @@ from . import command, config, losses, photographs, tables
 from .config import L1, Track
 from .metrics import METRICS
 from .protocol import DROPS, SCORE, Folders, Run, Study
-from .store import read_json, slug
+from .store import check_protocol, read_json, slug
 from .training import restore
 
 # At most six columns each, the loss among them.
@@ -34,7 +34,6 @@ GROUPS = (
     ("vif", "gmsd", "mdsi", "feature_distance"),
     ("grid_lock", "pattern", "lpips", "dists"),
 )
-POOLED = ("kid", "kid_lite2")
 CROP, CROPS = 96, 3
 CROP_DROP = 0.1
 MOST_DROP = 0.6  # that a figure over the factor shows
@@ -66,7 +65,9 @@ def entry(
     names = [name for name in METRICS if all(name in values for values in judged)]
     values = {name: tables.over_seeds([each[name] for each in judged]) for name in names}
     weight = f", GAN {critic:g}" if critic else ""
-    return Entry(loss + weight, loss, ratio, L1 + weight, len(judged), values)
+    wanted = len(track.seeds[:seeds])
+    part = "" if len(judged) == wanted else f" ({len(judged)} of {wanted} seeds)"
+    return Entry(loss + weight + part, loss, ratio, L1 + weight, len(judged), values)
 
 
 def lines(study: Study, track: Track, whole: bool) -> dict[str, list[Entry]]:
@@ -118,7 +119,9 @@ def changes(
     cells = {}
     for metric in metrics:
         if metric in values and metric in l1:
-            text = tables.difference_text(metric, tables.difference(values[metric], l1[metric], metric in POOLED))
+            text = tables.difference_text(
+                metric, tables.difference(values[metric], l1[metric], metric in tables.POOLED)
+            )
             cells[tables.heading(metric)] = text + tables.OPTIMISED * is_optimised(study, loss, metric)
     return cells
 
@@ -132,7 +135,10 @@ def equal_psnr_tables(study: Study, track: Track) -> Iterator[str]:
             curve = [(p.ratio, drop(p, l1), p.values) for p in (l1, *points)]
             if loss != L1 and (found := tables.at_drop(curve, target)) is not None:
                 cells = changes(study, loss, found[1], l1.values, SCORE)
-                rows.append({"loss": loss, "ratio": f"{found[0]:.3g}", **cells})
+                fixed = study.config.losses[loss].factor is not None  # a straight line from L1
+                rows.append(
+                    {"loss": loss, "ratio": f"{found[0]:.2g} of its factor" if fixed else f"{found[0]:.3g}", **cells}
+                )
         if rows:
             yield f"### At -{target:g} dB\n\n" + tables.markdown(rows)
 
@@ -142,10 +148,10 @@ def choice_table(study: Study, track: Track) -> Iterator[str]:
     rows = []
     for loss in study.available(track):
         chosen, scored = study.chosen(track, loss), study.scored(track, loss)
-        if chosen is None or scored is None:
+        if chosen is None or scored is None or study.config.losses[loss].factor is not None:
             continue
         scores, drops = scored
-        is_inside = min(scores) < chosen < max(scores) or len(scores) == 1
+        is_inside = min(scores) < chosen < max(scores)
         notes = ["" if is_inside else ", at the end", "" if scores[chosen] <= 0 else ", no better than L1"]
         rows.append(
             {
@@ -167,7 +173,7 @@ def track_report(study: Study, track: Track, figures: Path) -> str:
     entries = [point for points in lines(study, track, whole=False).values() for point in points]
     l1 = entry(study, track, L1, 0.0)
     if l1 is None or not entries:
-        return "\n\n".join([*parts, "Not judged yet."])
+        return "\n\n".join([*parts, "Not judged yet.", *([] if track.factors_of else choice_table(study, track))])
     parts.append(f"Seeds: {', '.join(map(str, sorted({e.seeds for e in entries})))} of {len(track.seeds)}.")
     parts += [] if track.factors_of else choice_table(study, track)
     parts += ["### At the chosen factor", *value_tables(study, entries)]
@@ -219,7 +225,7 @@ def plot_factors(study: Study, track: Track, path: Path) -> None:
     for which, (axis, label) in enumerate(zip(axes, labels, strict=True)):
         for loss in study.available(track):
             scored = study.scored(track, loss)
-            if scored is not None:
+            if scored is not None and study.config.losses[loss].factor is None:
                 points = sorted((ratio, value) for ratio, value in scored[which].items() if math.isfinite(value))
                 draw_line(axis, points, loss, is_ours(study, loss))
         axis.set_xscale("log", base=4)
@@ -341,8 +347,14 @@ def write_report(study: Study, crops: Sequence[str]) -> Path:
 
 
 def work(arguments: argparse.Namespace) -> None:
+    if arguments.crops and arguments.judge is None:
+        raise ValueError("--crops needs --judge, the folder of photographs that judge")
     judge = arguments.judge or Path()
     study = Study(config.read(arguments.config), Folders(judge, judge, judge), arguments.out, arguments.device)
+    about = asdict(study.config.protocol)
+    if arguments.crops:
+        about["judge"] = photographs.digest(judge)
+    check_protocol(study.out / "protocol.json", about)
     if arguments.crops:
         photographs.check(judge, photographs.LEAST_SIDE)
         for name in arguments.crops:

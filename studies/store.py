@@ -23,10 +23,15 @@ def open_folder(folder: Path, protocol: dict[str, Any]) -> None:
     path = folder / "protocol.json"
     if not path.exists():
         write_json(path, protocol)
+    check_protocol(path, protocol)
+
+
+def check_protocol(path: Path, protocol: dict[str, Any]) -> None:
+    """Raise where a folder's protocol.json says other than `protocol`, which may be a part of it."""
     stored, now = read_json(path), json.loads(json.dumps(protocol))
-    changed = sorted(key for key in {*now, *stored} if stored.get(key) != now.get(key))
+    changed = sorted(key for key in now if stored.get(key) != now[key])
     if changed:
-        raise ValueError(f"{folder} holds results of another protocol (other {', '.join(changed)})")
+        raise ValueError(f"{path.parent} holds results of another protocol (other {', '.join(changed)})")
 
 
 def result_path(folder: Path, name: str, identity: dict[str, Any]) -> Path:
@@ -40,8 +45,14 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     write_atomically(path, lambda temporary: temporary.write_text(json.dumps(content, indent=1) + "\n", "utf-8"))
 
 
-def read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): remove it") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is damaged (expected an object, got {type(found).__name__}): remove it")
+    return found
 
 
 @contextmanager

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from .metrics import METRICS, Values, badness
 
-ARROWS = {"higher": "↑", "lower": "↓", "one": "→1"}
+ARROWS = {"higher": "↑", "lower": "↓", "one": "→1", "zero": "→0"}
 OPTIMISED = "°"
 SAMPLES = 2000  # of a bootstrap
+POOLED = ("kid", "kid_lite2")  # figures of all photographs together
 
 
 def markdown(table: Sequence[Mapping[str, str]]) -> str:
@@ -47,7 +48,11 @@ def difference(values: Tensor, reference: Tensor, is_pooled: bool) -> tuple[floa
 
     A figure of all photographs together has no such interval: its range over seeds stands there.
     """
+    if values.ndim == 1 and not is_pooled:  # of the photographs that both have
+        values, reference = torch.stack((values, reference))[:, (values + reference).isfinite()]
     middle = (statistic(values) - statistic(reference)).item()
+    if not len(values):
+        return math.nan, math.nan, math.nan
     if is_pooled:
         each = values - reference if len(values) == len(reference) else values - reference.mean()
         return (middle, each.min().item(), each.max().item()) if len(each) > 1 else (middle, math.nan, math.nan)
@@ -61,10 +66,10 @@ def difference(values: Tensor, reference: Tensor, is_pooled: bool) -> tuple[floa
 
 
 def difference_text(metric: str, change: tuple[float, float, float]) -> str:
-    """A change with its interval, bold where the whole interval is better."""
+    """A change with its interval, bold where the whole interval is better; a range over seeds is none."""
     middle, low, high = change
     text = f"{middle:+.3g}" + ("" if math.isnan(low) else f" [{low:+.2g}, {high:+.2g}]")
-    better = {"higher": low > 0, "lower": high < 0, "one": False}[METRICS[metric].better]
+    better = {"higher": low > 0, "lower": high < 0}.get(METRICS[metric].better, False) and metric not in POOLED
     return f"**{text}**" if better else text
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +12,6 @@ from tqdm import tqdm
 from . import losses, models, photographs
 from .config import Protocol
 from .tasks import degrade
-
-Schedule = Callable[[torch.optim.Optimizer], Any]
 
 
 class DivergenceError(RuntimeError):

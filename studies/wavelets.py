@@ -1,4 +1,4 @@
-"""Our terms on the details of other wavelets, without a network: `type = "studies.wavelets:build"`.
+"""Content, style and correlation of details of other wavelets, no network: `type = "studies.wavelets:build"`.
 
 Does a smoother or an undecimated wavelet make the random shift of the Haar grid needless? See studies/wavelets.toml.
 """
@@ -48,6 +48,8 @@ def term(name: str, sr: Tensor, gt: Tensor, wavelet: str, undecimated: bool) -> 
 
 def build(device: str, wavelet: str = "haar", undecimated: bool = False, shift: bool = False) -> Loss:
     """The terms with the gradients, relative to L1's, that they have in the preset "balanced"."""
+    if undecimated and wavelet != "haar":
+        raise ValueError(f"undecimated is of Haar alone, got wavelet {wavelet!r}")
     of = {name: partial(term, name, wavelet=wavelet, undecimated=undecimated) for name in TERMS}
     gts = [toy.middle(toy.photograph(name), SIDE) for name in ("astronaut", "chelsea", "coffee")]
     pairs = [(degrade(gt, "sr", torch.Generator()), gt) for gt in gts]

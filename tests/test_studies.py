@@ -107,14 +107,14 @@ def test_kid_is_zero_for_equal_sets_and_grows_with_distance():
     assert 0 < near < far
 
 
-def test_grid_lock_tells_errors_of_one_phase():
-    gt = torch.rand(1, 3, 72, 72)
-    stairs = gt.clone()
-    stairs[..., ::4, :] += 0.2  # the same at every phase but 0 of 4 rows
-    others, at_phase = metrics.grid_lock(gt + 0.05 * torch.randn_like(gt), gt)
+def test_grid_lock_tells_stairs_from_noise():
+    gt = toy.middle(toy.photograph("astronaut"), 208)
+    judge = metrics.Judge([gt], ["grid_lock"])
+    stairs = torch.nn.functional.interpolate(torch.nn.functional.avg_pool2d(gt, 4), scale_factor=4)
+    ((others, at_phase),) = judge([gt + 0.05 * torch.randn_like(gt)])["grid_lock"]
     assert others / at_phase == pytest.approx(1, abs=0.05)
-    others, at_phase = metrics.grid_lock(stairs, gt)
-    assert abs(others / at_phase - 1) > 0.01
+    ((others, at_phase),) = judge([stairs])["grid_lock"]
+    assert others / at_phase > 1.05
 
 
 def test_a_pattern_is_what_repeats_every_four_pixels():
@@ -157,12 +157,43 @@ def test_recovery_by_the_squared_error_and_what_a_response_is_called():
     assert diagnose.describe_response([0, 1, 2, 3]) == "rises"
     assert diagnose.describe_response([0, 1, 1.01, 1.02]) == "saturates"
     assert diagnose.describe_response([0, 2, 1, 3]) == "falls"
+    assert diagnose.describe_response([0, 0, 0, 0]) == "no response"
+    assert diagnose.describe_response([0, 1, math.nan, 3]) == "not finite"
 
 
 @pytest.mark.parametrize("name", ["main.toml", "denoise.toml", "ablation.toml", "quick.toml", "wavelets.toml"])
 def test_shipped_configurations_are_read(name):
     assert config.read(REPOSITORY / "studies" / name).tracks
     assert config.read(REPOSITORY / "studies" / "diagnose.toml", needs_tracks=False).losses
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "named"),
+    [
+        ("seeds = [0]", "seeds = [0, 0]", "seeds must be different numbers"),
+        ('"MGHF-n", "focal frequency"]', '"MGHF-n", "MGHF-n"]', "losses must be a list of different names"),
+        ('name = "x4"', "name = 5", "name must be a word or more"),
+        ('name = "x4"', 'title = "x4"', "unknown keys"),
+        ("factor = 0.1", "ratios = [100, 400]", "two numbers or more from 0.25 to 64"),
+        ('type = "MGHFnLoss"', "type = 5", "type must be a name"),
+        ('type = "MGHFnLoss", ', "", r"losses.'MGHF-n' : missing keys \['type'\]"),
+    ],
+)
+def test_a_wrong_configuration_is_named(tmp_path, old, new, named):
+    text = (REPOSITORY / "studies" / "quick.toml").read_text()
+    assert old in text
+    (tmp_path / "mine.toml").write_text(text.replace(old, new))
+    with pytest.raises(ValueError, match=named):
+        config.read(tmp_path / "mine.toml")
+
+
+def test_differences_are_of_photographs_that_both_have():
+    values, reference = (torch.tensor(each, dtype=torch.double) for each in ([1, 2, math.nan], [2, 3, 90]))
+    middle, low, high = tables.difference(values, reference, is_pooled=False)
+    assert (middle, low, high) == (-1, -1, -1)
+    nothing = torch.full((3,), math.nan, dtype=torch.double)
+    assert math.isnan(tables.difference(nothing, reference, is_pooled=False)[0])
+    assert tables.difference_text("kid", (-1, -1, -1)).startswith("-")  # a range over seeds is no interval
 
 
 def test_an_unknown_loss_is_named_before_anything_is_trained(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -126,6 +127,43 @@ def test_a_diverged_run_is_a_result(study, monkeypatch):
     assert found["values"] == {}
 
 
+def test_photographs_that_judge_choose_nothing(study):
+    inside = study.folders.train / "a"
+    inside.mkdir()
+    for path in study.folders.judge.iterdir():
+        (inside / path.name).write_bytes(path.read_bytes())
+    for judge in (study.folders.tune, inside, study.folders.train.parent):
+        folders = dataclasses.replace(study.folders, judge=judge)
+        with pytest.raises(ValueError, match="must choose nothing"):
+            protocol.Study(study.config, folders, study.out).open()
+
+
+def test_a_changed_preset_is_another_result(study, monkeypatch):
+    x4 = study.config.track("x4")
+    ours, peer = (protocol.Run(x4.model, x4.task, 0, loss, 1.0) for loss in ("fixed", "MSE"))
+    before = [study.path("runs", each) for each in (ours, peer)]
+    changed = dataclasses.replace(protocol.PRESETS["balanced"], style_delta=0.1)
+    monkeypatch.setitem(protocol.PRESETS, "balanced", changed)
+    after = [study.path("runs", each) for each in (ours, peer)]
+    assert before[0] != after[0]
+    assert before[1] == after[1]
+
+
+def test_a_judged_model_may_diverge_and_a_flat_loss_has_no_factor(study, monkeypatch):
+    def diverge(*_: object) -> None:
+        raise protocol.DivergenceError("the model's images are not finite")
+
+    x4 = study.config.track("x4")
+    monkeypatch.setattr(study, "restorer", diverge)
+    monkeypatch.setattr(study, "figures", lambda *_: {"psnr": 1.0})
+    assert study.make_judged(protocol.Run(x4.model, x4.task, 0, "fixed", 1.0))["values"] == {}
+    monkeypatch.setattr(study, "load", lambda *_: torch.nn.Identity())
+    monkeypatch.setattr(study, "calibration_images", lambda *_: torch.rand(2, 1, 3, 32, 32).unbind(0))
+    monkeypatch.setattr(protocol.losses, "build", lambda *_: lambda sr, gt, generator: 0 * sr.sum())
+    with pytest.raises(ValueError, match="loss 'MSE' has no gradient"):
+        study.calibrate(protocol.Run(x4.model, x4.task, 0, "MSE", 1.0))
+
+
 def test_all_noises_start_from_one_blind_denoiser_and_take_the_factors_of_one_of_them(study, tmp_path):
     text = CONFIG.split("[[track]]")[0]
     for noise, more in (("25", ""), ("50", 'factors_of = "25"')):
@@ -158,7 +196,13 @@ def spoil_unreadable(folders: protocol.Folders, out: Path) -> str:
     return "broken.png"
 
 
-@pytest.mark.parametrize("spoil", [spoil_protocol, spoil_small, spoil_unreadable])
+def spoil_truncated(folders: protocol.Folders, out: Path) -> str:
+    path = folders.judge / "0.png"
+    path.write_bytes(path.read_bytes()[:-2000])  # the header is whole
+    return f"cannot read image {path}"
+
+
+@pytest.mark.parametrize("spoil", [spoil_protocol, spoil_small, spoil_unreadable, spoil_truncated])
 def test_bad_input_is_named_in_one_line_before_anything_is_trained(spoil, folders, tmp_path):
     out = tmp_path / "results"
     named = spoil(folders, out)
