@@ -44,6 +44,7 @@ class Entry:
     """A row of a track's tables: the judges' values over the finished seeds."""
 
     label: str
+    title: str
     loss: str
     ratio: float
     reference: str
@@ -65,9 +66,8 @@ def entry(
     names = [name for name in METRICS if all(name in values for values in judged)]
     values = {name: tables.over_seeds([each[name] for each in judged]) for name in names}
     weight = f", GAN {critic:g}" if critic else ""
-    wanted = len(track.seeds[:seeds])
-    part = "" if len(judged) == wanted else f" ({len(judged)} of {wanted} seeds)"
-    return Entry(loss + weight + part, loss, ratio, L1 + weight, len(judged), values)
+    part = "" if len(judged) == len(runs) else f" ({len(judged)} of {len(runs)} seeds)"
+    return Entry(loss + weight, loss + weight + part, loss, ratio, L1 + weight, len(judged), values)
 
 
 def lines(study: Study, track: Track, whole: bool) -> dict[str, list[Entry]]:
@@ -109,7 +109,7 @@ def value_tables(study: Study, entries: Sequence[Entry]) -> Iterator[str]:
                 columns[tables.heading(metric)] = tables.best_in_bold(metric, figures, optimised)
         if columns:
             rows = [{name: cells.get(e.label, "") for name, cells in columns.items()} for e in entries]
-            yield tables.markdown([{"loss": e.label, **row} for e, row in zip(entries, rows, strict=True)])
+            yield tables.markdown([{"loss": e.title, **row} for e, row in zip(entries, rows, strict=True)])
 
 
 def changes(
@@ -180,7 +180,7 @@ def track_report(study: Study, track: Track, figures: Path) -> str:
     references = {e.label: e for e in (l1, *entries)}
     for metrics in (("psnr", "ssim", "haarpsi", "jod"), ("niqe", "kid_lite2", "spectrum_error", "feature_distance")):
         rows = [
-            {"against L1": e.label, **changes(study, e.loss, e.values, references[e.reference].values, metrics)}
+            {"against L1": e.title, **changes(study, e.loss, e.values, references[e.reference].values, metrics)}
             for e in entries
             if e.loss != L1 and e.reference in references
         ]
@@ -198,6 +198,7 @@ def plot_front(study: Study, track: Track, path: Path) -> None:
 
     l1 = entry(study, track, L1, 0.0, seeds=1)
     assert l1 is not None
+    most = math.inf if track.critic else MOST_DROP
     figure, axes = plt.subplots(2, 2, figsize=(9, 7.6), layout="constrained")
     for axis, metric in zip(axes.flat, SCORE, strict=True):
         if metric not in l1.values:
@@ -206,9 +207,9 @@ def plot_front(study: Study, track: Track, path: Path) -> None:
         axis.plot(0, l1.figure(metric), "k*", markersize=12, zorder=5)
         for loss, points in lines(study, track, whole=True).items():
             if loss != L1 or track.critic:
-                shown = [(-drop(p, l1), p.figure(metric)) for p in points if track.critic or drop(p, l1) < MOST_DROP]
-                draw_line(axis, shown, loss, is_ours(study, loss))
-        axis.margins(x=0.2)  # for the names
+                known = [p for p in points if metric in p.values and drop(p, l1) < most]
+                draw_line(axis, [(-drop(p, l1), p.figure(metric)) for p in known], loss, is_ours(study, loss))
+        axis.margins(x=0.3)  # for the names
         axis.set_xlabel("PSNR against L1, dB")
         axis.set_ylabel(tables.heading(metric))
     over = "the GAN weight" if track.critic else "the factor"
@@ -235,7 +236,8 @@ def plot_factors(study: Study, track: Track, path: Path) -> None:
 
 
 def is_ours(study: Study, loss: str) -> bool:
-    return loss != L1 and study.config.losses[loss].type in losses.OURS
+    """Whether a loss is one of ours at the weight that we recommend."""
+    return loss != L1 and study.config.losses[loss].type in losses.OURS and study.config.losses[loss].factor == 1
 
 
 def draw_line(axis: Any, points: Sequence[tuple[float, float]], label: str, strong: bool) -> None:
