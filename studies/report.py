@@ -218,15 +218,18 @@ def plot_front(study: Study, track: Track, path: Path) -> None:
 
 
 def plot_factors(study: Study, track: Track, path: Path) -> None:
-    """Drop of PSNR and score over the factor, on the tuning photographs, first seed."""
+    """Drop of PSNR and score over the factor, on the tuning photographs, first seed; nothing where all are fixed."""
     from matplotlib import pyplot as plt
 
+    chosen = [loss for loss in study.available(track) if study.config.losses[loss].factor is None]
+    curves = {loss: study.scored(track, loss) for loss in chosen}
+    if not any(curves.values()):
+        return
     figure, axes = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
     labels = ("score, less is better, L1 has 0", "drop of PSNR, dB")
     for which, (axis, label) in enumerate(zip(axes, labels, strict=True)):
-        for loss in study.available(track):
-            scored = study.scored(track, loss)
-            if scored is not None and study.config.losses[loss].factor is None:
+        for loss, scored in curves.items():
+            if scored is not None:
                 points = sorted((ratio, value) for ratio, value in scored[which].items() if math.isfinite(value))
                 draw_line(axis, points, loss, is_ours(study, loss))
         axis.set_xscale("log", base=4)
