@@ -19,7 +19,7 @@ LEAST_SIDE = 200  # two NIQE blocks of 96 and the border that judges cut
 def check(folder: Path, least: int) -> None:
     """Raise where there is no photograph below `folder`, or one is unreadable or smaller than `least`."""
     for path in list_images(folder):
-        height, width = read_pixels(path).shape[-2:]  # all of it: a file may end early
+        height, width = _pixels(path).shape[-2:]  # all of it: a file may end early
         if min(height, width) < least:
             raise ValueError(f"{path} must be at least {least} x {least} pixels, got {width} x {height}")
 
@@ -27,8 +27,13 @@ def check(folder: Path, least: int) -> None:
 @cache  # as bytes: all of them as floats would not fit
 def load(folder: Path) -> list[Tensor]:
     """The photographs below `folder`, (3, H, W), uint8, cut to multiples of 4."""
-    images = [read_pixels(path) for path in list_images(folder)]
+    images = [_pixels(path) for path in list_images(folder)]
     return [middle(image, max(image.shape)) for image in images]
+
+
+@cache  # `load` keeps views of the same memory
+def _pixels(path: Path) -> Tensor:
+    return read_pixels(path)
 
 
 def unit_range(pixels: Tensor, device: str = "cpu") -> Tensor:

@@ -151,10 +151,8 @@ class Study:
             photographs.check(folder, photographs.LEAST_SIDE)
         judge = self.folders.judge.resolve()
         for folder in (self.folders.train.resolve(), self.folders.tune.resolve()):
-            if judge in (folder, *folder.parents) or folder in judge.parents:
-                raise ValueError(
-                    f"the photographs of {judge} must choose nothing, got them below {folder} or around it"
-                )
+            if judge.is_relative_to(folder) or folder.is_relative_to(judge):
+                raise ValueError(f"photographs that judge must choose nothing, but {judge} shares some with {folder}")
         data = {name: photographs.digest(folder) for name, folder in asdict(self.folders).items()}
         open_folder(self.out, {**data, **asdict(self.config.protocol)})
 

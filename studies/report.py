@@ -352,18 +352,17 @@ def write_report(study: Study, crops: Sequence[str]) -> Path:
 
 
 def work(arguments: argparse.Namespace) -> None:
-    if arguments.crops and arguments.judge is None:
-        raise ValueError("--crops needs --judge, the folder of photographs that judge")
     judge = arguments.judge or Path()
     study = Study(config.read(arguments.config), Folders(judge, judge, judge), arguments.out, arguments.device)
     about = asdict(study.config.protocol)
     if arguments.crops:
-        about["judge"] = photographs.digest(judge)
-    check_protocol(study.out / "protocol.json", about)
-    if arguments.crops:
+        if arguments.judge is None:
+            raise ValueError("--crops needs --judge, the folder of photographs that judge")
         photographs.check(judge, photographs.LEAST_SIDE)
+        about["judge"] = photographs.digest(judge)
         for name in arguments.crops:
             config.check_known("loss", name, study.config.losses)
+    check_protocol(study.out, about, is_part=True)
     torch.set_num_threads(arguments.threads)
     path = write_report(study, arguments.crops)
     print(path.read_text("utf-8"))

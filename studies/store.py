@@ -23,15 +23,16 @@ def open_folder(folder: Path, protocol: dict[str, Any]) -> None:
     path = folder / "protocol.json"
     if not path.exists():
         write_json(path, protocol)
-    check_protocol(path, protocol)
+    check_protocol(folder, protocol)
 
 
-def check_protocol(path: Path, protocol: dict[str, Any]) -> None:
-    """Raise where a folder's protocol.json says other than `protocol`, which may be a part of it."""
-    stored, now = read_json(path), json.loads(json.dumps(protocol))
-    changed = sorted(key for key in now if stored.get(key) != now[key])
+def check_protocol(folder: Path, protocol: dict[str, Any], is_part: bool = False) -> None:
+    """Raise where a folder holds results of another protocol; `is_part` of one may be given."""
+    stored, now = read_json(folder / "protocol.json"), json.loads(json.dumps(protocol))
+    keys = now if is_part else {*now, *stored}
+    changed = sorted(key for key in keys if stored.get(key) != now.get(key))
     if changed:
-        raise ValueError(f"{path.parent} holds results of another protocol (other {', '.join(changed)})")
+        raise ValueError(f"{folder} holds results of another protocol (other {', '.join(changed)})")
 
 
 def result_path(folder: Path, name: str, identity: dict[str, Any]) -> Path:

@@ -49,7 +49,8 @@ def difference(values: Tensor, reference: Tensor, is_pooled: bool) -> tuple[floa
     A figure of all photographs together has no such interval: its range over seeds stands there.
     """
     if values.ndim == 1 and not is_pooled:  # of the photographs that both have
-        values, reference = torch.stack((values, reference))[:, (values + reference).isfinite()]
+        known = (values + reference).isfinite()
+        values, reference = values[known], reference[known]
     middle = (statistic(values) - statistic(reference)).item()
     if not len(values):
         return math.nan, math.nan, math.nan

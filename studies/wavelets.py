@@ -40,25 +40,26 @@ def details(image: Tensor, wavelet: str, undecimated: bool) -> list[Tensor]:
     return levels
 
 
-def term(name: str, sr: Tensor, gt: Tensor, wavelet: str, undecimated: bool) -> Tensor:
-    """One term, mean over levels."""
-    pairs = zip(details(sr, wavelet, undecimated), details(gt, wavelet, undecimated), strict=True)
-    return torch.stack([TERMS[name](*pair) for pair in pairs]).mean()
+def all_terms(sr: Tensor, gt: Tensor, wavelet: str, undecimated: bool) -> dict[str, Tensor]:
+    """Every term by name, mean over levels."""
+    pairs = list(zip(details(sr, wavelet, undecimated), details(gt, wavelet, undecimated), strict=True))
+    return {name: torch.stack([term(*pair) for pair in pairs]).mean() for name, term in TERMS.items()}
 
 
 def build(device: str, wavelet: str = "haar", undecimated: bool = False, shift: bool = False) -> Loss:
     """The terms with the gradients, relative to L1's, that they have in the preset "balanced"."""
     if undecimated and wavelet != "haar":
         raise ValueError(f"undecimated is of Haar alone, got wavelet {wavelet!r}")
-    of = {name: partial(term, name, wavelet=wavelet, undecimated=undecimated) for name in TERMS}
+    of = partial(all_terms, wavelet=wavelet, undecimated=undecimated)
     gts = [toy.middle(toy.photograph(name), SIDE) for name in ("astronaut", "chelsea", "coffee")]
     pairs = [(degrade(gt, "sr", torch.Generator()), gt) for gt in gts]
-    coefficients = {name: RATIOS["balanced"][name] / gradient_ratio(of[name], pairs) for name in TERMS}
+    ratios = {name: gradient_ratio(lambda sr, gt, name=name: of(sr, gt)[name], pairs) for name in TERMS}
+    coefficients = {name: RATIOS["balanced"][name] / ratio for name, ratio in ratios.items()}
 
     def loss(sr: Tensor, gt: Tensor, generator: torch.Generator) -> Tensor:
         if shift:
             top, left = torch.randint(STRIDE, (2,), generator=generator).tolist()
             sr, gt = (F.pad(i, (left, STRIDE - left, top, STRIDE - top), mode="reflect") for i in (sr, gt))
-        return torch.stack([coefficients[name] * of[name](sr, gt) for name in TERMS]).sum()
+        return torch.stack([coefficients[name] * value for name, value in of(sr, gt).items()]).sum()
 
     return loss
