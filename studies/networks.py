@@ -3,9 +3,10 @@
     python -m studies.networks --train DIR --tune DIR --out DIR
     python -m studies.run --config DIR/networks.toml --train DIR --tune DIR --judge DIR --out DIR/study
 
-The candidates differ from `BASE` in one factor each; the bundled network competes as it is. All are trained on the same
-crops for the same steps. A candidate's features have their own scale: so each term of its loss gets the coefficient
-with which its gradient is as large as the bundled network's, at bicubic x4. A finished network is not trained again.
+The candidates differ from `BASE` in one factor or two; the bundled network competes as it is. All are trained on the
+same crops for the same steps. A candidate's features have their own scale: so each term of a preset gets the
+coefficient with which its gradient is as large as the bundled network's, at bicubic x4. A finished network is not
+trained again.
 """
 
 from __future__ import annotations
@@ -37,13 +38,12 @@ CANDIDATES = {
     "base": BASE,
     "packet": replace(BASE, variant="packet"),
     "couplings 1": replace(BASE, couplings=1),
-    "couplings 4": replace(BASE, couplings=4),
-    "noise 4": replace(BASE, noise_floor=4.0),
-    "noise 8": replace(BASE, noise_floor=8.0),
-    "noise 16": replace(BASE, noise_floor=16.0),
+    "couplings 4, hidden 64": replace(BASE, couplings=4, hidden=64),
+    "noise 6": replace(BASE, noise_floor=6.0),
+    "noise 20": replace(BASE, noise_floor=20.0),
     "clamp 1": replace(BASE, clamp=1.0),
 }
-PRESET: Preset = "paper"
+STUDIED: tuple[Preset, ...] = ("balanced", "sharp")  # features conditioned by GT, and by the image itself
 CROPS, CROP = 32, 96
 TUNING_SIDE = 320
 
@@ -58,19 +58,19 @@ def train(name: str, images: Path, out: Path, steps: int, device: str) -> Path:
     return folder
 
 
-def write_config(path: Path, coefficients: Mapping[str, tuple[str, Mapping[str, float]]], task: str) -> None:
-    """A study of losses {name: (network, coefficients)}; JSON's strings and numbers are TOML's too."""
+def write_config(path: Path, losses: Mapping[str, tuple[Preset, str, Mapping[str, float]]], task: str) -> None:
+    """A study of losses {name: (preset, network, coefficients)}; JSON's strings and numbers are TOML's too."""
     lines = ["[losses]"]
-    for name, (network, factors) in coefficients.items():
+    for name, (preset, network, factors) in losses.items():
         table = ", ".join(f"{term} = {factor:.4g}" for term, factor in factors.items())
-        options = f"{{ preset = {json.dumps(PRESET)}, network = {json.dumps(network)}, coefficients = {{ {table} }} }}"
-        lines.append(f'{json.dumps(name)} = {{ type = "MGHFLoss", options = {options} }}')
+        options = f"{{ preset = {json.dumps(preset)}, network = {json.dumps(network)}, coefficients = {{ {table} }} }}"
+        lines.append(f'{json.dumps(name)} = {{ type = "MGHFLoss", options = {options}, factor = 1 }}')
     lines += [
         "",
         "[[track]]",
         'name = "networks"',
         f"task = {json.dumps(task)}",
-        f"losses = {json.dumps([*coefficients])}",
+        f"losses = {json.dumps([*losses])}",
     ]
     write_atomically(path, lambda temporary: temporary.write_text("\n".join(lines) + "\n", "utf-8"))
 
@@ -81,21 +81,25 @@ def work(arguments: argparse.Namespace) -> None:
         photographs.check(folder, CROP)
     images = photographs.load(arguments.train)
     gt = photographs.unit_range(photographs.random_crops(images, CROPS, CROP, torch.Generator().manual_seed(0)))
-    pairs, preset = [(upscale(downscale(gt)), gt)], PRESETS[PRESET].coefficients
-    wanted = gradient_ratios(PRESET, pairs)
-    rows, found = [], {"bundled": ("bundled", {term: preset[term] for term in wanted})}
+    pairs = [(upscale(downscale(gt)), gt)]
+    wanted: dict[Preset, dict[str, float]] = {preset: gradient_ratios(preset, pairs) for preset in STUDIED}
+    tuning = [middle(image, TUNING_SIDE)[None] for image in photographs.load(arguments.tune)]
+    rows: list[dict[str, object]] = []
+    found: dict[str, tuple[Preset, str, Mapping[str, float]]] = {}
     for name in tqdm(["bundled", *arguments.only], desc="networks", unit="network"):
+        path = name
         if name != "bundled":
             path = str(train(name, arguments.train, arguments.out, arguments.steps, arguments.device).resolve())
-            ratios = gradient_ratios(PRESET, pairs, path)
-            found[name] = path, {term: preset[term] * wanted[term] / ratio for term, ratio in ratios.items()}
-        network = HighFrequencyINN.from_pretrained(found[name][0])
+        network = HighFrequencyINN.from_pretrained(path)
         generator = torch.Generator().manual_seed(0)
-        images = [middle(image, TUNING_SIDE)[None] for image in photographs.load(arguments.tune)]
-        bits = [network_bits(network, image, generator, "cpu") for image in images]
+        bits = statistics.mean(network_bits(network, image, generator, "cpu") for image in tuning)
         parameters = sum(parameter.numel() for parameter in network.parameters())
-        row = {"candidate": name, "parameters": parameters, "bits": statistics.mean(bits), **found[name][1]}
-        rows.append(row)
+        rows.append({"candidate": name, "parameters": parameters, "bits": bits})
+        for preset, ratios in wanted.items():
+            of_this = gradient_ratios(preset, pairs, path)
+            factors = {term: PRESETS[preset].coefficients[term] * ratios[term] / of_this[term] for term in ratios}
+            found[f"{preset}, {name}"] = preset, path, factors
+            rows[-1] |= {f"{preset} {term}": factor for term, factor in factors.items()}
     write_config(arguments.out / "networks.toml", found, "sr-bicubic")
     print(format_table(rows))
     print(f"wrote {arguments.out / 'networks.toml'}, a configuration of studies.run")
