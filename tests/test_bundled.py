@@ -131,6 +131,13 @@ def test_more_blur_and_more_noise_cost_more(preset):
         assert costs == sorted(costs)
 
 
+def test_the_network_of_a_release_never_changes():
+    checkpoint = checkpoints.load("bundled-0.1")
+    assert checkpoint.sha256 == "8f2bc6f4bc7b4b24ac29bbc2f4010d12f5d06eadaea0121c71294656a9367991"
+    assert checkpoint.sha256 == checkpoints.load("bundled").sha256  # until a release bundles another one
+    assert MGHFLoss(inn="bundled-0.1").inn.network.config == HighFrequencyINN.from_pretrained().config
+
+
 def test_hash_and_config_are_those_of_the_files():
     checkpoint = checkpoints.load("bundled")
     assert len(checkpoint.sha256) == 64

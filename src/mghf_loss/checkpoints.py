@@ -21,6 +21,8 @@ from torch import Tensor
 from ._files import write_atomically
 
 BUNDLED = Path(__file__).parent / "weights"
+# The default, and the network of a release by its own name, under which it stays when the default changes.
+BUNDLED_NAMES = ("bundled", "bundled-0.1")
 MODEL_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 METADATA_KEY = "mghf_loss"
@@ -48,7 +50,7 @@ class Checkpoint:
 
 
 def load(name: str | Path, *, revision: str | None = None, **hub_options: Any) -> Checkpoint:
-    """Load `"bundled"`, `"org/name"` or `"org/name@revision"` on the Hub, a local folder or a .safetensors file.
+    """Load one of `BUNDLED_NAMES`, `"org/name"` or `"org/name@revision"` on the Hub, a folder or a .safetensors file.
 
     The sha256 must be the one that was saved. Hub downloads go through `huggingface_hub`: cache, file lock,
     `HF_ENDPOINT`, `HF_HUB_OFFLINE` and `HF_TOKEN` are honoured. What is damaged in the cache is downloaded again.
@@ -134,7 +136,7 @@ def _digest(config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> str:
 
 def _local_file(name: str | Path) -> Path | None:
     """Return the parameter file of a name that is bundled, or on this machine."""
-    if name == "bundled":
+    if name in BUNDLED_NAMES:
         return BUNDLED / MODEL_FILE
     try:
         path = Path(name).expanduser()

@@ -320,6 +320,7 @@ class HighFrequencyINN(
     ) -> HighFrequencyINN:
         """Load `"bundled"`, `"org/name"` or `"org/name@revision"` from the Hub, a folder or a file, in eval mode.
 
+        `"bundled-0.1"` is the network of that release, which no later one changes.
         `hub_options` (`revision`, `cache_dir`, `token`, `local_files_only`, `force_download`) go to
         `huggingface_hub.hf_hub_download`. Raises `CheckpointError` where the checkpoint cannot be loaded, is
         damaged or is not of this network.

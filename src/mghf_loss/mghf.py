@@ -187,8 +187,8 @@ class MGHFnLoss(FeatureCriterion):
     tensor(True)
 
     Args:
-        inn: `"bundled"`, `"org/name"` or `"org/name@revision"` on the Hub, a folder, a .safetensors file, or a
-            `HighFrequencyINN`, which is taken over: frozen and set to eval mode.
+        inn: `"bundled"`, or `"bundled-0.1"`, which no release changes; `"org/name"` or `"org/name@revision"` on the
+            Hub; a folder; a .safetensors file; or a `HighFrequencyINN`, which is taken over: frozen, in eval mode.
         conditioning: what the couplings of SR's features take their shift and scale from: `"gt"`, from GT, which
             makes the loss a convex quadratic form in SR and needs no network on SR's side
             (`HighFrequencyINN.difference`), or `"own"`, from SR, as in the paper.
@@ -250,8 +250,8 @@ class MGHFLoss(FeatureCriterion):
             `"paper"` is the composition of arXiv 2411.13548, for weight 0.05.
         coefficients: factor of each term, updating the preset's; a term with 0 is neither computed nor its
             network loaded.
-        inn: `"bundled"`, `"org/name"` or `"org/name@revision"` on the Hub, a folder, a .safetensors file, or a
-            `HighFrequencyINN`, which is taken over: frozen and set to eval mode.
+        inn: `"bundled"`, or `"bundled-0.1"`, which no release changes; `"org/name"` or `"org/name@revision"` on the
+            Hub; a folder; a .safetensors file; or a `HighFrequencyINN`, which is taken over: frozen, in eval mode.
         dino: the DINO term's model; see `DinoJSDLoss`.
         conditioning: see `MGHFnLoss`; None for the preset's, as for the next four.
         shift: see `MGHFnLoss`.
