@@ -111,6 +111,19 @@ def test_a_study_from_photographs_to_report(study, folders, tmp_path, capsys):
     assert all((tmp_path / "out" / f"{name}.png").exists() for name in figures)
 
 
+def test_before_it_is_judged_a_track_shows_the_tuning_photographs(study, folders, tmp_path):
+    unjudged = protocol.Study(study.config, folders, tmp_path / "out", judged=False)
+    unjudged.open()
+    run.run(unjudged)
+    text = report.write_report(study, []).read_text()
+    first = text.split("## critic")[0]
+    assert "all tables are of the tuning photographs, first seed" in first
+    l1 = protocol.Run("small-sr", "sr-bicubic", 0)
+    assert f"{study.means(l1)['psnr']:.4g}" in first
+    assert "### At -0.05 dB" in first
+    assert "Not judged yet." in text.split("## critic")[1]
+
+
 def test_a_diverged_run_is_a_result(study, monkeypatch):
     study.open()
 
