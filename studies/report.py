@@ -1,6 +1,7 @@
 """Tables and figures of a study's finished runs: `python -m studies.report --config FILE --out DIR`.
 
-Writes DIR/report.md, DIR/rows.jsonl (one row a run, with the judges' values of every photograph) and figures.
+Writes DIR/report.md, DIR/rows.jsonl (one row a run, with the judges' values of every photograph) and figures. A track
+that nobody has judged yet is shown with the values of the tuning photographs.
 """
 
 from __future__ import annotations
