@@ -1,7 +1,7 @@
 """Train candidates for the invertible network, and write the study that chooses among them by what their loss does.
 
     python -m studies.networks --train DIR --tune DIR --out DIR
-    python -m studies.run --config DIR/networks.toml --train DIR --tune DIR --judge DIR --out DIR/study
+    python -m studies.run --config DIR/networks.toml --train DIR --tune DIR --judge DIR --out DIR/study --no-judge
 
 The candidates differ from `BASE` in one factor or two; the bundled network competes as it is. All are trained on the
 same crops for the same steps. A candidate's features have their own scale: so each term of a preset gets the
@@ -71,6 +71,7 @@ def write_config(path: Path, losses: Mapping[str, tuple[Preset, str, Mapping[str
         'name = "networks"',
         f"task = {json.dumps(task)}",
         f"losses = {json.dumps([*losses])}",
+        "seeds = [0]",
     ]
     write_atomically(path, lambda temporary: temporary.write_text("\n".join(lines) + "\n", "utf-8"))
 

@@ -290,6 +290,8 @@ def plot_crops(study: Study, track: Track, path: Path, names: Sequence[str]) -> 
     """The most detailed windows of the judging photographs."""
     from matplotlib import pyplot as plt
 
+    if panel(study, track) == "runs":  # nobody has judged these models
+        return
     shown = crop_runs(study, track, names)
     if len(shown) < 2:
         return

@@ -115,7 +115,8 @@ def test_before_it_is_judged_a_track_shows_the_tuning_photographs(study, folders
     unjudged = protocol.Study(study.config, folders, tmp_path / "out", judged=False)
     unjudged.open()
     run.run(unjudged)
-    text = report.write_report(study, []).read_text()
+    text = report.write_report(study, ["MSE"]).read_text()
+    assert not list((tmp_path / "out").glob("*-crops.png"))  # which show the photographs that judge
     first = text.split("## critic")[0]
     assert "all tables are of the tuning photographs, first seed" in first
     l1 = protocol.Run("small-sr", "sr-bicubic", 0)
@@ -234,3 +235,15 @@ def test_bad_input_is_named_in_one_line_before_anything_is_trained(spoil, folder
     assert line.startswith("python -m studies.run: error: ")
     assert named in line
     assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_the_study_of_networks_is_a_configuration(tmp_path):
+    networks = pytest.importorskip("studies.networks")
+    coefficients = {"content": 0.1, "style": 300.0}
+    networks.write_config(tmp_path / "n.toml", {"balanced, a": ("balanced", "bundled", coefficients)}, "sr-bicubic")
+    read = config.read(tmp_path / "n.toml")
+    (track,) = read.tracks
+    assert (track.losses, track.seeds) == (("balanced, a",), (0,))
+    spec = read.losses["balanced, a"]
+    assert spec.options == {"preset": "balanced", "network": "bundled", "coefficients": coefficients}
+    assert spec.factor == 1

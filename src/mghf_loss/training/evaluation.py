@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .._files import check_output, read_image, read_pixels, write_atomically, write_table
+from ..checkpoints import BUNDLED_NAMES
 from ..inn import HighFrequencyINN
 from .data import list_images, read_or_skip
 from .objective import add_noise, bits_per_detail, code_length
@@ -341,8 +342,9 @@ def plot_features(path: Path, network: HighFrequencyINN, image: Tensor) -> None:
 def _evaluate_beside_bundled(
     inn: str, network: HighFrequencyINN, paths: Sequence[Path], noises: Sequence[float], device: str
 ) -> Evaluation:
-    networks = {"bundled" if inn == "bundled" else Path(inn).name: network}
-    if inn != "bundled":
+    is_bundled = inn in BUNDLED_NAMES
+    networks = {"bundled" if is_bundled else Path(inn).name: network}
+    if not is_bundled:
         if "bundled" in networks:  # a folder of that name
             networks = {inn: network}
         networks["bundled"] = HighFrequencyINN.from_pretrained("bundled").to(device)
