@@ -31,6 +31,7 @@ from mghf_loss.training.evaluation import network_bits
 from mghf_loss.training.loop import TrainConfig, train_inn
 
 from . import command, photographs
+from .protocol import CALIBRATION_CROPS, TUNING_SIDE
 from .store import slug
 
 BASE = INNConfig(noise_floor=12.0)
@@ -44,8 +45,7 @@ CANDIDATES = {
     "clamp 1": replace(BASE, clamp=1.0),
 }
 STUDIED: tuple[Preset, ...] = ("balanced", "sharp")  # features conditioned by GT, and by the image itself
-CROPS, CROP = 32, 96
-TUNING_SIDE = 320
+CROP = 96
 
 
 def train(name: str, images: Path, out: Path, steps: int, device: str) -> Path:
@@ -81,12 +81,14 @@ def work(arguments: argparse.Namespace) -> None:
     for folder in (arguments.train, arguments.tune):
         photographs.check(folder, CROP)
     images = photographs.load(arguments.train)
-    gt = photographs.unit_range(photographs.random_crops(images, CROPS, CROP, torch.Generator().manual_seed(0)))
+    gt = photographs.unit_range(
+        photographs.random_crops(images, CALIBRATION_CROPS, CROP, torch.Generator().manual_seed(0))
+    )
     pairs = [(upscale(downscale(gt)), gt)]
-    wanted: dict[Preset, dict[str, float]] = {preset: gradient_ratios(preset, pairs) for preset in STUDIED}
     tuning = [middle(image, TUNING_SIDE)[None] for image in photographs.load(arguments.tune)]
     rows: list[dict[str, object]] = []
     found: dict[str, tuple[Preset, str, Mapping[str, float]]] = {}
+    wanted: dict[Preset, dict[str, float]] = {}  # of the bundled network, the first
     for name in tqdm(["bundled", *arguments.only], desc="networks", unit="network"):
         path = name
         if name != "bundled":
@@ -96,9 +98,10 @@ def work(arguments: argparse.Namespace) -> None:
         bits = statistics.mean(network_bits(network, image, generator, "cpu") for image in tuning)
         parameters = sum(parameter.numel() for parameter in network.parameters())
         rows.append({"candidate": name, "parameters": parameters, "bits": bits})
-        for preset, ratios in wanted.items():
-            of_this = gradient_ratios(preset, pairs, path)
-            factors = {term: PRESETS[preset].coefficients[term] * ratios[term] / of_this[term] for term in ratios}
+        for preset in STUDIED:
+            ratios = gradient_ratios(preset, pairs, path)
+            of_bundled, preset_factors = wanted.setdefault(preset, ratios), PRESETS[preset].coefficients
+            factors = {term: preset_factors[term] * of_bundled[term] / ratio for term, ratio in ratios.items()}
             found[f"{preset}, {name}"] = preset, path, factors
             rows[-1] |= {f"{preset} {term}": factor for term, factor in factors.items()}
     write_config(arguments.out / "networks.toml", found, "sr-bicubic")

@@ -42,7 +42,7 @@ MOST_DROP = 0.6  # that a figure over the factor shows
 
 @dataclass(frozen=True)
 class Entry:
-    """A row of a track's tables: the values of `panel` over the finished seeds."""
+    """A row of a track's tables: the judges' values, or the tuning photographs', over the finished seeds."""
 
     label: str
     title: str
@@ -56,17 +56,19 @@ class Entry:
         return tables.statistic(self.values[metric]).item()
 
 
-def panel(study: Study, track: Track) -> str:
-    """What a track's tables show: "judged", or as long as L1 is not, "runs", what the tuning photographs say."""
-    return "judged" if study.is_done("judged", Run(track.model, track.task, track.seeds[0])) else "runs"
+def is_judged(study: Study, track: Track) -> bool:
+    """Whether L1 is judged; before, a track's tables show what the tuning photographs say."""
+    return study.is_done("judged", Run(track.model, track.task, track.seeds[0]))
 
 
 def entry(
     study: Study, track: Track, loss: str, ratio: float, critic: float = 0.0, seeds: int | None = None
 ) -> Entry | None:
     """The row of a loss, once one of the first `seeds` of it is judged and none diverged."""
-    kind = panel(study, track)
-    chosen = track.seeds[: 1 if kind == "runs" else seeds]  # the other seeds are not looked at in full before
+    if is_judged(study, track):
+        kind, chosen = "judged", track.seeds[:seeds]
+    else:
+        kind, chosen = "runs", track.seeds[:1]  # the other seeds are not looked at in full
     runs = [Run(track.model, track.task, seed, loss, ratio, critic) for seed in chosen]
     judged = [study.figures(kind, run) for run in runs if study.is_done(kind, run)]
     if not judged or not all(judged):
@@ -180,13 +182,13 @@ def track_report(study: Study, track: Track, figures: Path) -> str:
     parts = [f"## {track.name}: {track.model}, {track.task}"]
     entries = [point for points in lines(study, track, whole=False).values() for point in points]
     l1 = entry(study, track, L1, 0.0)
-    tuning = panel(study, track) == "runs"
-    if l1 is None or not entries or (tuning and track.factors_of):
+    judged = is_judged(study, track)
+    if l1 is None or not entries or (track.factors_of and not judged):
         return "\n\n".join([*parts, "Not judged yet.", *([] if track.factors_of else choice_table(study, track))])
-    if tuning:
-        parts.append("Not judged yet: all tables are of the tuning photographs, first seed.")
-    else:
+    if judged:
         parts.append(f"Seeds: {', '.join(map(str, sorted({e.seeds for e in entries})))} of {len(track.seeds)}.")
+    else:
+        parts.append("Not judged yet: all tables are of the tuning photographs, first seed.")
     parts += [] if track.factors_of else choice_table(study, track)
     parts += ["### At the chosen factor", *value_tables(study, entries)]
     references = {e.label: e for e in (l1, *entries)}
@@ -205,7 +207,7 @@ def track_report(study: Study, track: Track, figures: Path) -> str:
 
 
 def plot_front(study: Study, track: Track, path: Path) -> None:
-    """Perception against distortion on the photographs of `panel`, first seed, a labelled line a loss."""
+    """Perception against distortion, first seed, a labelled line a loss; on the photographs of the tables."""
     from matplotlib import pyplot as plt
 
     l1 = entry(study, track, L1, 0.0, seeds=1)
@@ -225,7 +227,7 @@ def plot_front(study: Study, track: Track, path: Path) -> None:
         axis.set_xlabel("PSNR against L1, dB")
         axis.set_ylabel(tables.heading(metric))
     over = "the GAN weight" if track.critic else "the factor"
-    where = ", tuning photographs" if panel(study, track) == "runs" else ""
+    where = "" if is_judged(study, track) else ", tuning photographs"
     figure.suptitle(f"{track.name}{where}: lines over {over}; star: L1", fontsize=10)
     save(figure, path)
 
@@ -290,7 +292,7 @@ def plot_crops(study: Study, track: Track, path: Path, names: Sequence[str]) -> 
     """The most detailed windows of the judging photographs."""
     from matplotlib import pyplot as plt
 
-    if panel(study, track) == "runs":  # nobody has judged these models
+    if not is_judged(study, track):
         return
     shown = crop_runs(study, track, names)
     if len(shown) < 2:
