@@ -188,8 +188,10 @@ class Study:
         if run.loss != L1:
             spec = self.config.losses[run.loss]
             found |= {"type": spec.type, "options": dict(spec.options), "factor": spec.factor}
-            if spec.type == "MGHFLoss":  # a preset may change
-                found["preset"] = asdict(PRESETS[spec.options.get("preset", "balanced")])
+            if spec.type == "MGHFLoss":  # a preset may change; a term that is off, and may be new, changes nothing
+                preset = PRESETS[spec.options.get("preset", "balanced")]
+                active = {term: factor for term, factor in preset.coefficients.items() if factor}
+                found["preset"] = asdict(replace(preset, coefficients=active))
             if spec.type in losses.OURS:
                 found["inn"] = _network_sha256(str(spec.options.get("network", "bundled")))
             del found["loss"]

@@ -10,7 +10,7 @@ from conftest import perturbed_inn, saved_bytes
 from mghf_loss import HighFrequencyINN, MGHFLoss, MGHFnLoss
 from mghf_loss.inn import Level, pad_to_multiple
 
-ALL = {"content": 1.0, "style": 300.0, "correlation": 1.0, "texture": 1.0, "patch_nce": 0.01}
+ALL = {"content": 1.0, "style": 300.0, "correlation": 1.0, "texture": 1.0, "grid": 1.0, "patch_nce": 0.01}
 
 
 def images(*shape: int) -> tuple[Tensor, Tensor]:
@@ -109,10 +109,10 @@ def test_gradients(network):
     scales = scales_of(network, 2 * gt - 1)
     sr.requires_grad_()
     assert torch.autograd.gradcheck(lambda sr: network.difference(sr, scales), (sr,))
-    criterion = MGHFLoss(
-        coefficients=ALL, inn=network, conditioning="gt", shift="none", patches=None, reduction="none"
-    ).double()
-    assert torch.autograd.gradcheck(lambda sr: criterion(sr, gt), (sr,), atol=1e-4)
+    for conditioning in ("gt", "mixed"):
+        options = {"conditioning": conditioning, "shift": "none", "patches": None, "reduction": "none"}
+        criterion = MGHFLoss(coefficients=ALL, inn=network, **options).double()
+        assert torch.autograd.gradcheck(lambda sr, loss=criterion: loss(sr, gt), (sr,), atol=1e-4)
 
 
 @pytest.mark.parametrize("shift", ["none", "random", "average"])
@@ -134,6 +134,26 @@ def test_content_is_a_convex_quadratic_form(shift, network):
     assert content(middle) < mean
     own = MGHFnLoss(network, conditioning="own", shift=shift).double()
     assert not torch.allclose(own(gt + 2 * (first - gt), gt), 4 * own(first, gt), rtol=0.01)
+
+
+@pytest.mark.parametrize("shift", ["none", "random", "average"])
+@pytest.mark.parametrize("weighting", ["uniform", "entropy"])
+def test_mixed_conditioning_has_places_as_seen_by_gt_and_statistics_as_seen_by_sr(weighting, shift, network):
+    sr, gt = images()
+    options = {"coefficients": ALL, "inn": network, "weighting": weighting, "shift": shift, "patches": None}
+    mixed, of_gt, own = (
+        MGHFLoss(conditioning=who, **options).double().term_values(sr, gt) for who in ("mixed", "gt", "own")
+    )
+    for name, value in mixed.items():
+        expected, other = (of_gt, own) if name in ("content", "texture", "grid") else (own, of_gt)
+        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=0)
+        assert not torch.allclose(value, other[name], rtol=1e-3), name
+    assert [*mixed] == [*own] == [*ALL]
+
+
+def test_mixed_conditioning_is_for_several_terms(inn):
+    with pytest.raises(ValueError, match="conditioning must be one of 'gt', 'own', got 'mixed'"):
+        MGHFnLoss(inn, conditioning="mixed")
 
 
 @pytest.mark.parametrize("variant", ["pyramid", "packet"])

@@ -448,7 +448,7 @@ def test_options_of_another_type_are_refused_by_name(options, message, inn):
         ({"style_delta": 0}, "style_delta must be a number of at least 1e-06, got 0"),
         ({"prune": 0.25}, "prune needs weighting='entropy', got prune=0.25 and weighting='uniform'"),
         ({"weighting": "variance"}, "weighting must be one of 'uniform', 'entropy', got 'variance'"),
-        ({"conditioning": "sr"}, "conditioning must be one of 'gt', 'own', got 'sr'"),
+        ({"conditioning": "sr"}, "conditioning must be one of 'gt', 'own', 'mixed', got 'sr'"),
         ({"shift": 3}, "shift must be one of 'random', 'average', 'none', got 3"),
         ({"reduction": "max"}, "reduction must be one of .* got 'max'"),
         ({"input_range": (1, 0)}, r"black < white, got \(1, 0\)"),

@@ -13,7 +13,7 @@ from conftest import perturbed_inn
 from mghf_loss import MGHFLoss, MGHFnLoss, _random
 from mghf_loss.toy import downscale, photograph, upscale
 
-ALL = {"content": 1.0, "style": 300.0, "correlation": 1.0, "texture": 1.0, "patch_nce": 0.01}
+ALL = {"content": 1.0, "style": 300.0, "correlation": 1.0, "texture": 1.0, "grid": 1.0, "patch_nce": 0.01}
 SHIFTS = ["random", "average"]
 
 

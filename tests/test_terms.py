@@ -193,7 +193,7 @@ def test_weights_carry_no_gradient():
 @pytest.mark.parametrize("weighting", ["uniform", "entropy"])
 def test_the_terms_of_a_loss_are_the_means_over_the_levels(variant, weighting):
     network = perturbed_inn(variant=variant, levels=2)
-    factors = dict.fromkeys(("content", "style", "correlation", "texture", "patch_nce"), 1.0)
+    factors = dict.fromkeys(("content", "style", "correlation", "texture", "grid", "patch_nce"), 1.0)
     options = {"conditioning": "own", "shift": "none", "patches": None, "prune": 0.25 * (weighting == "entropy")}
     criterion = MGHFLoss(coefficients=factors, inn=network, weighting=weighting, **options)
     sr, gt = torch.rand(2, 2, 3, 16, 24)
@@ -270,3 +270,33 @@ def test_texture_takes_levels_that_are_smaller_than_its_window():
 def test_options_of_texture_are_checked(options, message):
     with pytest.raises(ValueError, match=message):
         terms.texture(*levels(), **options)
+
+
+def test_grid_by_hand():
+    sr, gt = torch.zeros(2, 1, 2, 3, 4).unbind(0)
+    sr[0, 0, 0::2, 1::2] = 3.0  # one phase whole
+    sr[0, 1, 1, 0] = 1.0  # half of one phase, which has one row
+    assert terms.grid(sr, gt).item() == pytest.approx((9 / 4 + 0.25 / 4) / 2)
+    weights = torch.tensor([[0.5, 2.0]])
+    assert terms.grid(sr, gt, weights).item() == pytest.approx((0.25 * 9 / 4 + 4 * 0.25 / 4) / 2)
+
+
+def test_grid_sees_patterns_of_up_to_two_locations_and_not_what_cancels():
+    gt = torch.randn(1, 3, 32, 32, dtype=torch.double)
+    pattern = torch.tensor([[1.0, -1.0], [-1.0, 1.0]]).repeat(16, 16)
+    assert terms.grid(gt + pattern, gt).item() == pytest.approx(1)
+    assert terms.grid(gt + 1, gt).item() == pytest.approx(1)  # of one location: the mean
+    assert terms.grid(gt + pattern.roll(1, 1), gt + pattern).item() == pytest.approx(4)
+    halves = torch.tensor([1.0, -1.0]).repeat_interleave(16)
+    assert terms.grid(gt + halves * pattern, gt).item() == pytest.approx(0)
+    noise = torch.randn_like(gt)
+    assert terms.grid(gt + noise, gt) < 5 / 256  # its variance over the locations of a phase
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 5), (2, 3)])
+def test_grid_takes_levels_without_a_second_phase(size):
+    sr, gt = levels(size=size)
+    value = terms.grid(sr, gt)
+    assert value > 0
+    if size == (1, 1):
+        torch.testing.assert_close(value, terms.content(sr, gt))

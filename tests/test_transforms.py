@@ -17,12 +17,13 @@ from mghf_loss.ops.texture import texture_error
 
 # PyTorch's remarks that it loops over what an operator cannot batch, and that its own forward-mode AD is scripted.
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop", "ignore:`torch.jit")
-ALL = {"content": 1.0, "style": 300.0, "correlation": 1.0, "texture": 1.0, "patch_nce": 0.01}
+ALL = {"content": 1.0, "style": 300.0, "correlation": 1.0, "texture": 1.0, "grid": 1.0, "patch_nce": 0.01}
 LOSSES = {
     "MGHFnLoss": lambda: MGHFnLoss(perturbed_inn(levels=2)),
     "MGHFLoss": lambda: MGHFLoss(coefficients=ALL, inn=perturbed_inn(levels=2), patches=16),
     "paper": lambda: MGHFLoss("paper", inn=perturbed_inn(levels=2), patches=16),
     "GT-conditioned": lambda: MGHFLoss(coefficients=ALL, inn=perturbed_inn(levels=2), conditioning="gt", patches=16),
+    "mixed": lambda: MGHFLoss(coefficients=ALL, inn=perturbed_inn(levels=2), conditioning="mixed", patches=16),
     "average": lambda: MGHFnLoss(perturbed_inn(levels=2), shift="average"),
     "low memory": lambda: MGHFLoss("paper", inn=perturbed_inn(levels=2), patches=None, memory="low"),
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from .inn import HighFrequencyINN
 
 Preset = Literal["balanced", "sharp", "gan", "denoise", "paper"]
-Conditioning = Literal["gt", "own"]
+Conditioning = Literal["gt", "own", "mixed"]
 Shift = Literal["random", "average", "none"]
 Weighting = Literal["uniform", "entropy"]
 
@@ -41,7 +41,7 @@ class Settings:
     style_delta: float = 0.005
 
 
-OFF = dict.fromkeys(("content", "style", "correlation", "texture", "patch_nce", "dino_jsd"), 0.0)
+OFF = dict.fromkeys(("content", "style", "correlation", "texture", "grid", "patch_nce", "dino_jsd"), 0.0)
 PRESETS: dict[Preset, Settings] = {
     "balanced": Settings(
         OFF | {"content": 0.1, "style": 300.0, "correlation": 0.5, "texture": 0.15}, conditioning="gt"
@@ -69,6 +69,21 @@ class GTLevel(NamedTuple):
 
     features: Tensor
     channel_weights: Tensor | None
+
+
+class Level(NamedTuple):
+    """What the terms of one level compare, (B, C, H, W) each.
+
+    Attributes:
+        local: SR's features for content, texture and grid, which compare places.
+        whole: SR's features for style, correlation and PatchNCE, which compare statistics; with mixed conditioning
+            not those of `local`.
+        gt: GT's side.
+    """
+
+    local: Tensor
+    whole: Tensor
+    gt: GTLevel
 
 
 class GTPyramid(NamedTuple):
@@ -104,7 +119,7 @@ class FeatureCriterion(Criterion):
         self.inn = _load(inn) if needs_inn else None
 
     @abstractmethod
-    def _stack_terms(self, levels: list[tuple[Tensor, GTLevel]], seed: Tensor) -> dict[str, Tensor]:
+    def _stack_terms(self, levels: list[Level], seed: Tensor) -> dict[str, Tensor]:
         """Terms by name, (L, B), of levels with equal numbers of channels: all of a pyramid, one of a packet."""
 
     def _terms(self, sr: Tensor, gt: Tensor, generator: torch.Generator | None) -> dict[str, Tensor]:
@@ -121,14 +136,9 @@ class FeatureCriterion(Criterion):
         settings = *inn.identity(), self.input_range, self.conditioning, self.shift, self.weighting, self.prune
         of_generator = None if generator is None else generator.initial_seed()
         gt_pyramids = self.gt_pyramids.get(gt, pyramids, *settings, of_generator)
-        if self.conditioning == "gt":  # the features of SR are those of GT plus a linear function of the difference
-            low, high = self.input_range
-            sr = rescale(inn.like(sr) - inn.like(gt.detach()), (0.0, high - low), (0.0, 2.0))
-        else:
-            sr = self._normalised(sr)
         found = []
         for shift, gt_pyramid in zip(shifts, gt_pyramids, strict=True):
-            levels = list(zip(self._sr_levels(_shifted(sr, shift), gt_pyramid), gt_pyramid.levels, strict=True))
+            levels = self._levels(sr, gt, shift, gt_pyramid)
             stacks = [levels] if inn.network.config.variant == "pyramid" else [[level] for level in levels]
             found += [self._stack_terms(stack, seed) for stack in stacks]
         stacked = [torch.stack(list(stack.values())) for stack in found]
@@ -158,21 +168,28 @@ class FeatureCriterion(Criterion):
 
     def _gt_pyramid(self, gt: Tensor) -> GTPyramid:
         assert self.inn is not None
-        if self.conditioning == "gt":
-            features, scales = self.inn.network.conditioning(gt)
-        else:
+        if self.conditioning == "own":
             features, scales = self.inn.network.features(gt), None
+        else:
+            features, scales = self.inn.network.conditioning(gt)
         weigh = self.weighting == "entropy"
         levels = [GTLevel(f, terms.entropy_channel_weights(f, self.prune) if weigh else None) for f in features]
         return GTPyramid(levels, scales)
 
-    def _sr_levels(self, sr: Tensor, gt: GTPyramid) -> list[Tensor]:
-        """Features of SR by level; of sr - gt with GT conditioning."""
+    def _levels(self, sr: Tensor, gt: Tensor, shift: _random.Shift | None, gt_pyramid: GTPyramid) -> list[Level]:
+        """Pair the features of SR, shifted as GT was, with those of GT."""
         assert self.inn is not None
-        if gt.scales is None:
-            return self.inn.network.features(sr, recompute=self.memory == "low")
-        differences = self.inn.network.difference(sr, gt.scales)
-        return [level.features + difference for level, difference in zip(gt.levels, differences, strict=True)]
+        network = self.inn.network
+        local: list[Tensor] = []
+        whole: list[Tensor] = []
+        if gt_pyramid.scales is not None:  # features of GT plus a linear function of the difference
+            low, high = self.input_range
+            difference = rescale(self.inn.like(sr) - self.inn.like(gt.detach()), (0.0, high - low), (0.0, 2.0))
+            differences = network.difference(_shifted(difference, shift), gt_pyramid.scales)
+            local = [level.features + d for level, d in zip(gt_pyramid.levels, differences, strict=True)]
+        if self.conditioning != "gt":
+            whole = network.features(_shifted(self._normalised(sr), shift), recompute=self.memory == "low")
+        return [Level(*level) for level in zip(local or whole, whole or local, gt_pyramid.levels, strict=True)]
 
 
 class MGHFnLoss(FeatureCriterion):
@@ -218,17 +235,18 @@ class MGHFnLoss(FeatureCriterion):
         self,
         inn: str | Path | HighFrequencyINN = "bundled",
         *,
-        conditioning: Conditioning = "gt",
+        conditioning: Literal["gt", "own"] = "gt",
         shift: Shift = "random",
         input_range: tuple[float, float] = (0.0, 1.0),
         reduction: terms.Reduction = "mean",
         memory: Memory = "normal",
         cache_gt: bool = False,
     ) -> None:
+        _checks.one_of("conditioning", conditioning, Literal["gt", "own"])
         super().__init__({"content": 1.0}, inn, conditioning, shift, input_range, reduction, memory, cache_gt)
 
-    def _stack_terms(self, levels: list[tuple[Tensor, GTLevel]], seed: Tensor) -> dict[str, Tensor]:
-        return {"content": torch.stack([terms.content(sr, gt.features, reduction="none") for sr, gt in levels])}
+    def _stack_terms(self, levels: list[Level], seed: Tensor) -> dict[str, Tensor]:
+        return {"content": terms.content_of(_stacked(terms.squared_error, levels), None)}
 
 
 class MGHFLoss(FeatureCriterion):
@@ -253,7 +271,9 @@ class MGHFLoss(FeatureCriterion):
         inn: `"bundled"`, or `"bundled-0.1"`, which no release changes; `"org/name"` or `"org/name@revision"` on the
             Hub; a folder; a .safetensors file; or a `HighFrequencyINN`, which is taken over: frozen, in eval mode.
         dino: the DINO term's model; see `DinoJSDLoss`.
-        conditioning: see `MGHFnLoss`; None for the preset's, as for the next four.
+        conditioning: see `MGHFnLoss`; with `"mixed"` content, texture and grid, which compare places, take GT's, and
+            style, correlation and PatchNCE, which compare statistics, SR's own. None for the preset's, as for the next
+            four.
         shift: see `MGHFnLoss`.
         weighting: of channels: `"uniform"`, or by the `"entropy"` of GT's.
         prune: fraction of channels, those of least entropy, that are dropped, in [0, 1), with `weighting="entropy"`.
@@ -274,11 +294,11 @@ class MGHFLoss(FeatureCriterion):
         CheckpointError: a network that the terms need cannot be loaded or is damaged.
 
     The terms, each a mean over the network's levels, are `content` (MSE), `style` (Gram matrices), `correlation`
-    (1 - Pearson's r), `texture` (local strength) and `patch_nce` (modulated PatchNCE) of `mghf_loss.terms`;
-    `dino_jsd` is `DinoJSDLoss`.
+    (1 - Pearson's r), `texture` (local strength), `grid` (what repeats) and `patch_nce` (modulated PatchNCE) of
+    `mghf_loss.terms`; `dino_jsd` is `DinoJSDLoss`.
 
     Reference: arXiv 2411.13548 (MGHF), comprehensive variant; terms cite their own sources. All presets but "paper",
-    and the term `texture`, are ours.
+    and the terms `texture` and `grid`, are ours.
     """
 
     def __init__(
@@ -346,26 +366,30 @@ class MGHFLoss(FeatureCriterion):
     def _wanted(self) -> set[str]:
         return {name for name, factor in self._coefficients.items() if factor}
 
-    def _stack_terms(self, levels: list[tuple[Tensor, GTLevel]], seed: Tensor) -> dict[str, Tensor]:
-        """All but texture and PatchNCE share one pass over the features."""
+    def _stack_terms(self, levels: list[Level], seed: Tensor) -> dict[str, Tensor]:
+        """Content, style and correlation share one pass over the features where they compare the same ones."""
         wanted, values = self._wanted(), {}
-        per_level = [gt.channel_weights for _, gt in levels if gt.channel_weights is not None]
+        per_level = [level.gt.channel_weights for level in levels if level.gt.channel_weights is not None]
         weights = torch.stack(per_level) if per_level else None
-        if wanted & {"content", "style", "correlation"}:
-            features = [(sr, gt.features, gt.channel_weights) for sr, gt in levels]
+        shared = {"style", "correlation"} if self.conditioning == "mixed" else {"content", "style", "correlation"}
+        if wanted & shared:
+            features = [(level.whole, level.gt.features, level.gt.channel_weights) for level in levels]
             statistics = stacked_statistics(features, gram="style" in wanted, precision=self.precision)
-            if "content" in wanted:
+            if "content" in wanted & shared:
                 values["content"] = terms.content_of(statistics.squared_error, weights)
             if "style" in wanted:
                 values["style"] = terms.style_of(statistics, weights, self.style_delta)
             if "correlation" in wanted:
                 values["correlation"] = terms.correlation_of(statistics, weights)
+        if "content" in wanted - shared:
+            values["content"] = terms.content_of(_stacked(terms.squared_error, levels), weights)
         if "texture" in wanted:
-            error = torch.stack([texture_error(sr, gt.features) for sr, gt in levels])
-            values["texture"] = terms.texture_of(error, weights)
+            values["texture"] = terms.texture_of(_stacked(texture_error, levels), weights)
+        if "grid" in wanted:
+            values["grid"] = terms.content_of(_stacked(terms.grid_error, levels), weights)
         if "patch_nce" in wanted:
-            values["patch_nce"] = torch.stack([self._patch_nce(sr, *gt, seed) for sr, gt in levels])
-        return values
+            values["patch_nce"] = torch.stack([self._patch_nce(level.whole, *level.gt, seed) for level in levels])
+        return {name: values[name] for name in self._coefficients if name in values}
 
     def _patch_nce(self, sr: Tensor, gt: Tensor, channel_weights: Tensor | None, seed: Tensor) -> Tensor:
         return terms.patch_nce(
@@ -386,6 +410,11 @@ def _load(inn: str | Path | HighFrequencyINN) -> Frozen[HighFrequencyINN]:
     if not isinstance(inn, (str, Path, HighFrequencyINN)):
         raise TypeError(f"inn must be a checkpoint's name or path, or a HighFrequencyINN, got {inn!r}")
     return Frozen(inn if isinstance(inn, HighFrequencyINN) else HighFrequencyINN.from_pretrained(inn))
+
+
+def _stacked(error: Callable[[Tensor, Tensor], Tensor], levels: list[Level]) -> Tensor:
+    """Errors (L, B, C) of the local features of all levels."""
+    return torch.stack([error(level.local, level.gt.features) for level in levels])
 
 
 def _shifted(image: Tensor, shift: _random.Shift | None) -> Tensor:
