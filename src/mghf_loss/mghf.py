@@ -46,8 +46,16 @@ PRESETS: dict[Preset, Settings] = {
     "balanced": Settings(
         OFF | {"content": 0.1, "style": 300.0, "correlation": 0.5, "texture": 0.15}, conditioning="gt"
     ),
-    "sharp": Settings(OFF | {"content": 0.05, "style": 430.0, "correlation": 0.1}),
-    "gan": Settings(OFF | {"content": 0.0625, "correlation": 0.2, "texture": 0.1}, conditioning="gt"),
+    "sharp": Settings(
+        OFF | {"content": 0.06, "style": 200.0, "correlation": 0.035, "texture": 0.06, "grid": 0.1},
+        conditioning="mixed",
+        weighting="entropy",
+    ),
+    "gan": Settings(
+        OFF | {"content": 0.05, "style": 130.0, "correlation": 0.03, "texture": 0.05, "grid": 0.1},
+        conditioning="mixed",
+        weighting="entropy",
+    ),
     "denoise": Settings(OFF | {"content": 0.05}),
     "paper": Settings(
         OFF | {"content": 5.0, "style": 600.0, "correlation": 1.0, "patch_nce": 0.008},
