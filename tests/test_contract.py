@@ -14,10 +14,11 @@ from mghf_loss import DinoJSDLoss, MGHFLoss, MGHFnLoss
 from mghf_loss.mghf import OFF, PRESETS
 
 TERMS = list(OFF)
-COEFFICIENTS = {"content": 2.0, "style": 30.0, "correlation": 0.5, "texture": 0.25, "patch_nce": 0.125, "dino_jsd": 4.0}
+COEFFICIENTS = dict(zip(TERMS, (2.0, 30.0, 0.5, 0.25, 1.0, 0.125, 4.0), strict=True))
 OPTIONS = {  # beside the defaults
     "MGHFLoss": {"coefficients": COEFFICIENTS},
     "GT-conditioned": {"coefficients": COEFFICIENTS | {"dino_jsd": 0.0}, "conditioning": "gt"},
+    "mixed": {"coefficients": COEFFICIENTS | {"dino_jsd": 0.0}, "conditioning": "mixed"},
     "average": {"coefficients": COEFFICIENTS | {"dino_jsd": 0.0}, "shift": "average"},
     **{f"only {term}": {"coefficients": {name: float(name == term) for name in TERMS}} for term in TERMS},
     **{f"preset {name}": {"preset": name} for name in PRESETS},
@@ -253,7 +254,7 @@ def test_a_term_with_coefficient_zero_is_not_computed(inn, monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("computed")
 
-    for name in ("content", "style", "texture", "patch_nce"):
+    for name in ("content_of", "style_of", "texture_of", "grid_error", "patch_nce"):
         monkeypatch.setattr(f"mghf_loss.terms.{name}", refuse)
     criterion = MGHFLoss(**OPTIONS["only correlation"], inn=inn)
     assert list(criterion(*random_pair(), return_terms=True)[1]) == ["correlation"]

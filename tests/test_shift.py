@@ -132,7 +132,7 @@ def test_the_value_of_an_image_repeats_and_is_its_own_whatever_else_is_in_the_ba
 
 
 @pytest.mark.parametrize("shift", SHIFTS)
-@pytest.mark.parametrize("conditioning", ["own", "gt"])
+@pytest.mark.parametrize("conditioning", ["own", "gt", "mixed"])
 def test_a_cached_gt_gives_the_values_without_a_cache(conditioning, shift, inn):
     options = {"coefficients": ALL, "inn": inn, "conditioning": conditioning, "shift": shift, "patches": 16}
     cached, plain = MGHFLoss(cache_gt=True, **options), MGHFLoss(**options)
@@ -143,7 +143,7 @@ def test_a_cached_gt_gives_the_values_without_a_cache(conditioning, shift, inn):
 
 
 @pytest.mark.parametrize("shift", SHIFTS)
-@pytest.mark.parametrize("conditioning", ["own", "gt"])
+@pytest.mark.parametrize("conditioning", ["own", "gt", "mixed"])
 def test_gradient_checkpointing_repeats_the_shift(conditioning, shift, inn):
     criterion = MGHFLoss(coefficients=ALL, inn=inn, conditioning=conditioning, shift=shift, patches=16)
     sr, gt = pair()
@@ -172,7 +172,7 @@ def test_heat_is_where_the_error_is(shift):
         assert heat[0, 44:].max() < 0.01 * heat.max()
 
 
-@pytest.mark.parametrize("conditioning", ["own", "gt"])
+@pytest.mark.parametrize("conditioning", ["own", "gt", "mixed"])
 def test_the_average_is_0_at_identity_and_hardly_changes_with_the_phase(conditioning):
     """Where one grid changes much: the value can be reported."""
     gt = photograph("astronaut")[..., 96:160, 160:224]
@@ -192,7 +192,7 @@ def test_the_average_is_0_at_identity_and_hardly_changes_with_the_phase(conditio
 
 @pytest.mark.compile
 @pytest.mark.parametrize("shift", SHIFTS)
-@pytest.mark.parametrize("conditioning", ["own", "gt"])
+@pytest.mark.parametrize("conditioning", ["own", "gt", "mixed"])
 def test_compiled_without_graph_breaks_it_gives_the_eager_value(conditioning, shift):
     criterion = MGHFLoss(
         coefficients=ALL, inn=perturbed_inn(levels=2, hidden=4), conditioning=conditioning, shift=shift

@@ -25,8 +25,8 @@ NOISE = 25 / 255
 # `gradient_ratios` measures them; the test of this module repeats it.
 RATIOS: dict[Preset, dict[str, float]] = {
     "balanced": {"content": 3.1, "style": 4.41, "correlation": 25.5, "texture": 3.95},
-    "sharp": {"content": 1.33, "style": 5.17, "correlation": 10.9},
-    "gan": {"content": 1.94, "correlation": 10.2, "texture": 2.64},
+    "sharp": {"content": 2.12, "style": 2.93, "correlation": 3.57, "texture": 1.58, "grid": 0.242},
+    "gan": {"content": 1.76, "style": 1.9, "correlation": 3.06, "texture": 1.32, "grid": 0.242},
     "denoise": {"content": 2.79},
     "paper": {"content": 204.0, "style": 42.1, "correlation": 171.0, "patch_nce": 48.7},
 }
