@@ -44,7 +44,7 @@ CANDIDATES = {
     "noise 20": replace(BASE, noise_floor=20.0),
     "clamp 1": replace(BASE, clamp=1.0),
 }
-STUDIED: tuple[Preset, ...] = ("balanced", "sharp")  # features conditioned by GT, and by the image itself
+STUDIED: tuple[Preset, ...] = ("balanced", "sharp")  # features conditioned by GT, and by both images
 CROP = 96
 
 
