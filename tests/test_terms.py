@@ -273,9 +273,9 @@ def test_options_of_texture_are_checked(options, message):
 
 
 def test_grid_by_hand():
-    sr, gt = torch.zeros(2, 1, 2, 3, 4).unbind(0)
+    sr, gt = torch.zeros(2, 1, 2, 3, 4).unbind(0)  # the third row has no second one beside it, and is left out
     sr[0, 0, 0::2, 1::2] = 3.0  # one phase whole
-    sr[0, 1, 1, 0] = 1.0  # half of one phase, which has one row
+    sr[0, 1, 1, 0] = 1.0  # half of one phase
     assert terms.grid(sr, gt).item() == pytest.approx((9 / 4 + 0.25 / 4) / 2)
     weights = torch.tensor([[0.5, 2.0]])
     assert terms.grid(sr, gt, weights).item() == pytest.approx((0.25 * 9 / 4 + 4 * 0.25 / 4) / 2)

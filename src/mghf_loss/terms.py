@@ -228,9 +228,11 @@ def grid(
 def grid_error(sr_level: Tensor, gt_level: Tensor) -> Tensor:
     """Mean over the phases of a 2 x 2 grid of the squared mean difference of every channel, (B, C)."""
     difference = _difference(sr_level, gt_level)
-    rows, columns = (range(min(2, size)) for size in difference.shape[2:])
-    means = [difference[:, :, i::2, j::2].mean((2, 3)) for i in rows for j in columns]
-    return torch.stack(means).square().mean(0)
+    height, width = difference.shape[2:]
+    rows, columns = min(2, height), min(2, width)
+    whole = difference[:, :, : height - height % rows, : width - width % columns]  # every phase as often
+    phases = whole.unflatten(3, (-1, columns)).unflatten(2, (-1, rows)).mean((2, 4))
+    return phases.square().mean((2, 3))
 
 
 @_term
