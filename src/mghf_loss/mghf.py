@@ -271,7 +271,7 @@ class MGHFLoss(FeatureCriterion):
 
     Args:
         preset: a set of the options below, chosen by the studies of docs/evidence.md for use beside an L1 loss at
-            weight 1: `"balanced"` costs less than 0.05 dB at x4; `"sharp"` gives up 0.2 to 0.3 dB for sharper details;
+            weight 1: `"balanced"` costs less than 0.05 dB at x4; `"sharp"` gives up 0.1 to 0.2 dB for sharper details;
             `"gan"` stands beside an adversarial loss; `"denoise"` is for inputs with noise, and gains little;
             `"paper"` is the composition of arXiv 2411.13548, for weight 0.05.
         coefficients: factor of each term, updating the preset's; a term with 0 is neither computed nor its
