@@ -36,10 +36,10 @@ def test_gradients_have_the_ratios_of_the_preset(preset: Preset):
         assert gradient_ratio(criterion, pairs) == pytest.approx(ratio, rel=0.01)
 
 
-def test_on_photographs_the_bundled_network_has_about_the_coefficients_of_the_preset():
-    found = calibrate(photographs(), "balanced")
-    for name, value in found.items():
-        assert 0.2 < value / PRESETS["balanced"].coefficients[name] < 5
+@pytest.mark.parametrize("preset", ["balanced", "sharp", "gan", "denoise"])
+def test_on_photographs_the_bundled_network_has_about_the_coefficients_of_the_preset(preset: Preset):
+    for name, value in calibrate(photographs(), preset).items():
+        assert 0.2 < value / PRESETS[preset].coefficients[name] < 5
 
 
 def test_wrong_arguments_are_named():

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from conftest import perturbed_inn, saved_bytes
 from mghf_loss import DinoJSDLoss, MGHFLoss, MGHFnLoss
 
-LOSSES = ["MGHFnLoss", "MGHFLoss", "DinoJSDLoss"]
+LOSSES = ["MGHFnLoss", "MGHFLoss", "mixed", "DinoJSDLoss"]
 
 
 @pytest.fixture
@@ -24,7 +24,8 @@ def twins(inn, tiny_dino):
             return [MGHFnLoss(inn, conditioning="own", memory=memory, **options) for memory in ("normal", "low")]
         if name == "DinoJSDLoss":  # timm's setting is the network's
             return [DinoJSDLoss(copy.deepcopy(tiny_dino), memory=memory, **options) for memory in ("normal", "low")]
-        return [MGHFLoss("paper", inn=inn, patches=64, memory=memory, **options) for memory in ("normal", "low")]
+        preset = "sharp" if name == "mixed" else "paper"
+        return [MGHFLoss(preset, inn=inn, patches=64, memory=memory, **options) for memory in ("normal", "low")]
 
     return build
 

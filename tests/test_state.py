@@ -205,7 +205,7 @@ def test_sparse_and_nested_images_are_refused_by_name(build):
 
 def test_channel_weights_of_another_shape_are_refused():
     sr, gt = torch.rand(2, 2, 9, 8, 8).unbind(0)
-    for term in (terms.content, terms.style, terms.correlation, terms.texture, terms.patch_nce):
+    for term in (terms.content, terms.style, terms.correlation, terms.texture, terms.grid, terms.patch_nce):
         for weights in (torch.ones(9), torch.ones(1, 9), torch.ones(2, 1)):
             with pytest.raises(ValueError, match=r"channel_weights must have shape \(B, C\) = \(2, 9\)"):
                 term(sr, gt, weights)

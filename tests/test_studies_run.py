@@ -161,6 +161,9 @@ def test_a_changed_preset_is_another_result(study, monkeypatch):
     after = [study.path("runs", each) for each in (ours, peer)]
     assert before[0] != after[0]
     assert before[1] == after[1]
+    unused = dataclasses.replace(changed, coefficients={**changed.coefficients, "new": 0.0})
+    monkeypatch.setitem(protocol.PRESETS, "balanced", unused)
+    assert study.path("runs", ours) == after[0]
 
 
 def test_a_judged_model_may_diverge_and_a_flat_loss_has_no_factor(study, monkeypatch):

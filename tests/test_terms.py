@@ -93,12 +93,14 @@ def test_pruned_channels_do_not_count():
     weights[:, 1] = 0
     changed = sr.clone()
     changed[:, 1] *= 7
-    for term in (terms.content, terms.style, terms.correlation, terms.texture):
+    for term in (terms.content, terms.style, terms.correlation, terms.texture, terms.grid):
         assert torch.equal(term(changed, gt, weights), term(sr, gt, weights)), term.__name__
         assert not torch.equal(term(changed, gt), term(sr, gt)), term.__name__
 
 
-@pytest.mark.parametrize("term", [terms.content, terms.style, terms.correlation, terms.texture, terms.patch_nce])
+@pytest.mark.parametrize(
+    "term", [terms.content, terms.style, terms.correlation, terms.texture, terms.grid, terms.patch_nce]
+)
 def test_reductions_agree(term):
     sr, gt = levels(batch=3)
     values = term(sr, gt, reduction="none")
@@ -109,13 +111,15 @@ def test_reductions_agree(term):
     torch.testing.assert_close(single, values)  # images of a batch do not see one another
 
 
-@pytest.mark.parametrize("term", [terms.content, terms.style, terms.correlation, terms.texture])
+@pytest.mark.parametrize("term", [terms.content, terms.style, terms.correlation, terms.texture, terms.grid])
 def test_gradcheck(term):
     sr, gt = levels(batch=1, channels=2, size=(2, 3))
     assert torch.autograd.gradcheck(lambda x: term(x, gt), (sr.requires_grad_(),))
 
 
-@pytest.mark.parametrize("term", [terms.content, terms.style, terms.correlation, terms.texture, terms.patch_nce])
+@pytest.mark.parametrize(
+    "term", [terms.content, terms.style, terms.correlation, terms.texture, terms.grid, terms.patch_nce]
+)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_levels_are_computed_in_float32_whatever_autocast_says(term, dtype):
     sr, gt = (level.to(dtype) for level in levels())
@@ -126,13 +130,17 @@ def test_half_precision_levels_are_computed_in_float32_whatever_autocast_says(te
     assert torch.equal(got, expected)
 
 
-@pytest.mark.parametrize("term", [terms.content, terms.style, terms.correlation, terms.texture, terms.patch_nce])
+@pytest.mark.parametrize(
+    "term", [terms.content, terms.style, terms.correlation, terms.texture, terms.grid, terms.patch_nce]
+)
 def test_an_unknown_reduction_is_refused(term):
     with pytest.raises(ValueError, match=r"reduction must be one of .* got 'max'"):
         term(*levels(), reduction="max")
 
 
-@pytest.mark.parametrize("term", [terms.content, terms.style, terms.correlation, terms.texture, terms.patch_nce])
+@pytest.mark.parametrize(
+    "term", [terms.content, terms.style, terms.correlation, terms.texture, terms.grid, terms.patch_nce]
+)
 def test_levels_of_different_shape_are_refused(term):
     with pytest.raises(ValueError, match=r"\(1, 3, 4, 4\) and \(1, 3, 4, 5\)"):
         term(torch.rand(1, 3, 4, 4), torch.rand(1, 3, 4, 5))
@@ -175,13 +183,22 @@ def test_the_least_entropy_is_dropped_and_the_mean_is_one(prune, dropped):
             (weights[sample] == 0).nonzero().flatten().tolist()
         )
     kept = weights > 0
-    ratio = (weights / (entropies + 1e-6)).masked_fill(~kept, math.nan)
+    least = entropies.mean(1, keepdim=True) / 4
+    ratio = (weights / (entropies.maximum(least) + 1e-6)).masked_fill(~kept, math.nan)
     torch.testing.assert_close(ratio.nan_to_num(0).amax(1), ratio.nan_to_num(math.inf).amin(1))
 
 
 def test_a_constant_image_gets_equal_weights():
     weights = entropy_channel_weights(torch.zeros(1, 8, 4, 4), 0.25)
     assert weights[0].tolist() == pytest.approx([0, 0] + [8 / 6] * 6)
+
+
+def test_a_channel_that_does_not_vary_is_not_free():
+    features = torch.randn(2, 9, 32, 32)
+    features[:, 3] = 0.7
+    weights = entropy_channel_weights(features, 0.0)
+    assert weights[:, 3].min() > 0.2
+    assert weights.max() < 1.3
 
 
 def test_weights_carry_no_gradient():
@@ -296,7 +313,9 @@ def test_grid_sees_patterns_of_up_to_two_locations_and_not_what_cancels():
 @pytest.mark.parametrize("size", [(1, 1), (1, 5), (2, 3)])
 def test_grid_takes_levels_without_a_second_phase(size):
     sr, gt = levels(size=size)
-    value = terms.grid(sr, gt)
-    assert value > 0
-    if size == (1, 1):
-        torch.testing.assert_close(value, terms.content(sr, gt))
+    phases = {(1, 1): (1, 1), (1, 5): (1, 2), (2, 3): (2, 2)}[size]
+    errors = (sr - gt)[..., : size[1] - size[1] % phases[1]]
+    means = [
+        errors[:, :, i :: phases[0], j :: phases[1]].mean((2, 3)) for i in range(phases[0]) for j in range(phases[1])
+    ]
+    torch.testing.assert_close(terms.grid(sr, gt), torch.stack(means).square().mean())

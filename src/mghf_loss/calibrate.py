@@ -22,7 +22,7 @@ Task = Literal["sr", "denoise"]
 SIDE = 256  # of the middle of an image that is taken
 NOISE = 25 / 255
 # Norm of the gradient of coefficient * term over L1's: the medians over 43 photographs, with the bundled network.
-# `gradient_ratios` measures them; the test of this module repeats it.
+# `gradient_ratios` measures them.
 RATIOS: dict[Preset, dict[str, float]] = {
     "balanced": {"content": 3.1, "style": 4.41, "correlation": 25.5, "texture": 3.95},
     "sharp": {"content": 2.12, "style": 2.93, "correlation": 3.57, "texture": 1.58, "grid": 0.242},

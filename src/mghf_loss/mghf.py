@@ -41,6 +41,8 @@ class Settings:
     style_delta: float = 0.005
 
 
+# What compares places, by GT's scales with mixed conditioning, and what compares statistics, by SR's own.
+BY_PLACE, BY_STATISTICS = {"content", "texture", "grid"}, {"style", "correlation", "patch_nce"}
 OFF = dict.fromkeys(("content", "style", "correlation", "texture", "grid", "patch_nce", "dino_jsd"), 0.0)
 PRESETS: dict[Preset, Settings] = {
     "balanced": Settings(
@@ -79,18 +81,17 @@ class GTLevel(NamedTuple):
     channel_weights: Tensor | None
 
 
-class Level(NamedTuple):
-    """What the terms of one level compare, (B, C, H, W) each.
+class LevelPair(NamedTuple):
+    """SR's features (B, C, H, W) of one level beside GT's side; two sets of them with mixed conditioning.
 
     Attributes:
-        local: SR's features for content, texture and grid, which compare places.
-        whole: SR's features for style, correlation and PatchNCE, which compare statistics; with mixed conditioning
-            not those of `local`.
-        gt: GT's side.
+        by_place: for content, texture and grid, which compare places.
+        by_statistics: for style, correlation and PatchNCE, which compare statistics.
+        gt: what GT contributes.
     """
 
-    local: Tensor
-    whole: Tensor
+    by_place: Tensor
+    by_statistics: Tensor
     gt: GTLevel
 
 
@@ -127,7 +128,7 @@ class FeatureCriterion(Criterion):
         self.inn = _load(inn) if needs_inn else None
 
     @abstractmethod
-    def _stack_terms(self, levels: list[Level], seed: Tensor) -> dict[str, Tensor]:
+    def _stack_terms(self, levels: list[LevelPair], seed: Tensor) -> dict[str, Tensor]:
         """Terms by name, (L, B), of levels with equal numbers of channels: all of a pyramid, one of a packet."""
 
     def _terms(self, sr: Tensor, gt: Tensor, generator: torch.Generator | None) -> dict[str, Tensor]:
@@ -144,14 +145,21 @@ class FeatureCriterion(Criterion):
         settings = *inn.identity(), self.input_range, self.conditioning, self.shift, self.weighting, self.prune
         of_generator = None if generator is None else generator.initial_seed()
         gt_pyramids = self.gt_pyramids.get(gt, pyramids, *settings, of_generator)
+        by_place, by_statistics = self._sides()
+        difference = self._difference(sr, gt) if by_place else None
+        own = self._normalised(sr) if by_statistics else None
         found = []
         for shift, gt_pyramid in zip(shifts, gt_pyramids, strict=True):
-            levels = self._levels(sr, gt, shift, gt_pyramid)
+            levels = self._levels(own, difference, shift, gt_pyramid)
             stacks = [levels] if inn.network.config.variant == "pyramid" else [[level] for level in levels]
             found += [self._stack_terms(stack, seed) for stack in stacks]
         stacked = [torch.stack(list(stack.values())) for stack in found]
         mean = (torch.cat(stacked, 1) if len(stacked) > 1 else stacked[0]).mean(1)
         return dict(zip(found[0], mean, strict=True))
+
+    def _sides(self) -> tuple[bool, bool]:
+        """Whether SR's features are needed by the difference from GT, and by SR itself."""
+        return self.conditioning == "gt", self.conditioning == "own"
 
     def _normalised(self, image: Tensor) -> Tensor:
         """An image in the network's dtype, float32 at least, and range."""
@@ -184,20 +192,27 @@ class FeatureCriterion(Criterion):
         levels = [GTLevel(f, terms.entropy_channel_weights(f, self.prune) if weigh else None) for f in features]
         return GTPyramid(levels, scales)
 
-    def _levels(self, sr: Tensor, gt: Tensor, shift: _random.Shift | None, gt_pyramid: GTPyramid) -> list[Level]:
-        """Pair the features of SR, shifted as GT was, with those of GT."""
+    def _difference(self, sr: Tensor, gt: Tensor) -> Tensor:
+        """sr - gt in the units of [-1, 1]."""
+        assert self.inn is not None
+        low, high = self.input_range
+        return rescale(self.inn.like(sr) - self.inn.like(gt.detach()), (0.0, high - low), (0.0, 2.0))
+
+    def _levels(
+        self, sr: Tensor | None, difference: Tensor | None, shift: _random.Shift | None, gt: GTPyramid
+    ) -> list[LevelPair]:
+        """Pair the features of SR, by SR itself and by the difference from GT, with those of GT."""
         assert self.inn is not None
         network = self.inn.network
-        local: list[Tensor] = []
-        whole: list[Tensor] = []
-        if gt_pyramid.scales is not None:  # features of GT plus a linear function of the difference
-            low, high = self.input_range
-            difference = rescale(self.inn.like(sr) - self.inn.like(gt.detach()), (0.0, high - low), (0.0, 2.0))
-            differences = network.difference(_shifted(difference, shift), gt_pyramid.scales)
-            local = [level.features + d for level, d in zip(gt_pyramid.levels, differences, strict=True)]
-        if self.conditioning != "gt":
-            whole = network.features(_shifted(self._normalised(sr), shift), recompute=self.memory == "low")
-        return [Level(*level) for level in zip(local or whole, whole or local, gt_pyramid.levels, strict=True)]
+        by_place: list[Tensor] = []
+        by_statistics: list[Tensor] = []
+        if difference is not None and gt.scales is not None:
+            differences = network.difference(_shifted(difference, shift), gt.scales)
+            by_place = [level.features + d for level, d in zip(gt.levels, differences, strict=True)]
+        if sr is not None:
+            by_statistics = network.features(_shifted(sr, shift), recompute=self.memory == "low")
+        sides = by_place or by_statistics, by_statistics or by_place
+        return [LevelPair(*level) for level in zip(*sides, gt.levels, strict=True)]
 
 
 class MGHFnLoss(FeatureCriterion):
@@ -253,7 +268,7 @@ class MGHFnLoss(FeatureCriterion):
         _checks.one_of("conditioning", conditioning, Literal["gt", "own"])
         super().__init__({"content": 1.0}, inn, conditioning, shift, input_range, reduction, memory, cache_gt)
 
-    def _stack_terms(self, levels: list[Level], seed: Tensor) -> dict[str, Tensor]:
+    def _stack_terms(self, levels: list[LevelPair], seed: Tensor) -> dict[str, Tensor]:
         return {"content": terms.content_of(_stacked(terms.squared_error, levels), None)}
 
 
@@ -374,30 +389,39 @@ class MGHFLoss(FeatureCriterion):
     def _wanted(self) -> set[str]:
         return {name for name, factor in self._coefficients.items() if factor}
 
-    def _stack_terms(self, levels: list[Level], seed: Tensor) -> dict[str, Tensor]:
+    def _sides(self) -> tuple[bool, bool]:
+        if self.conditioning != "mixed":
+            return super()._sides()
+        wanted = self._wanted()
+        return not wanted.isdisjoint(BY_PLACE), not wanted.isdisjoint(BY_STATISTICS)
+
+    def _stack_terms(self, levels: list[LevelPair], seed: Tensor) -> dict[str, Tensor]:
         """Content, style and correlation share one pass over the features where they compare the same ones."""
-        wanted, values = self._wanted(), {}
+        wanted, values, statistics = self._wanted(), {}, None
         per_level = [level.gt.channel_weights for level in levels if level.gt.channel_weights is not None]
         weights = torch.stack(per_level) if per_level else None
-        shared = {"style", "correlation"} if self.conditioning == "mixed" else {"content", "style", "correlation"}
-        if wanted & shared:
-            features = [(level.whole, level.gt.features, level.gt.channel_weights) for level in levels]
+        if wanted & {"style", "correlation"}:
+            features = [(level.by_statistics, level.gt.features, level.gt.channel_weights) for level in levels]
             statistics = stacked_statistics(features, gram="style" in wanted, precision=self.precision)
-            if "content" in wanted & shared:
-                values["content"] = terms.content_of(statistics.squared_error, weights)
-            if "style" in wanted:
-                values["style"] = terms.style_of(statistics, weights, self.style_delta)
-            if "correlation" in wanted:
-                values["correlation"] = terms.correlation_of(statistics, weights)
-        if "content" in wanted - shared:
-            values["content"] = terms.content_of(_stacked(terms.squared_error, levels), weights)
+        if "content" in wanted:
+            if statistics is None or self.conditioning == "mixed":
+                error = _stacked(terms.squared_error, levels)
+            else:
+                error = statistics.squared_error
+            values["content"] = terms.content_of(error, weights)
+        if statistics is not None and "style" in wanted:
+            values["style"] = terms.style_of(statistics, weights, self.style_delta)
+        if statistics is not None and "correlation" in wanted:
+            values["correlation"] = terms.correlation_of(statistics, weights)
         if "texture" in wanted:
             values["texture"] = terms.texture_of(_stacked(texture_error, levels), weights)
         if "grid" in wanted:
             values["grid"] = terms.content_of(_stacked(terms.grid_error, levels), weights)
         if "patch_nce" in wanted:
-            values["patch_nce"] = torch.stack([self._patch_nce(level.whole, *level.gt, seed) for level in levels])
-        return {name: values[name] for name in self._coefficients if name in values}
+            values["patch_nce"] = torch.stack(
+                [self._patch_nce(level.by_statistics, *level.gt, seed) for level in levels]
+            )
+        return values
 
     def _patch_nce(self, sr: Tensor, gt: Tensor, channel_weights: Tensor | None, seed: Tensor) -> Tensor:
         return terms.patch_nce(
@@ -420,9 +444,9 @@ def _load(inn: str | Path | HighFrequencyINN) -> Frozen[HighFrequencyINN]:
     return Frozen(inn if isinstance(inn, HighFrequencyINN) else HighFrequencyINN.from_pretrained(inn))
 
 
-def _stacked(error: Callable[[Tensor, Tensor], Tensor], levels: list[Level]) -> Tensor:
-    """Errors (L, B, C) of the local features of all levels."""
-    return torch.stack([error(level.local, level.gt.features) for level in levels])
+def _stacked(error: Callable[[Tensor, Tensor], Tensor], levels: list[LevelPair]) -> Tensor:
+    """Errors (L, B, C), place by place, of all levels."""
+    return torch.stack([error(level.by_place, level.gt.features) for level in levels])
 
 
 def _shifted(image: Tensor, shift: _random.Shift | None) -> Tensor:

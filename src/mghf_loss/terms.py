@@ -31,6 +31,7 @@ from .ops.texture import texture_error
 
 Reduction = Literal["mean", "sum", "none"]
 BINS = 64
+LEAST_SHARE = 0.25  # of the mean entropy; on photographs nearly all channels have more
 LEAST_DELTA = 1e-6  # far below any difference of Gram matrices
 LIMIT = 4.0  # whitened features: four standard deviations; rarer values fall in the end bins
 Term = TypeVar("Term", bound=Callable[..., Tensor])
@@ -218,7 +219,8 @@ def grid(
     m is the mean of F_sr - F_gt over the locations of one phase of a grid of 2 x 2 locations. Errors that come and go
     cancel in the mean, and one that repeats every two locations, or at every one, is left whole. Such a pattern, of the
     pixel shuffle or transposed convolution at a model's end, is the cheapest detail that there is: other terms ask for
-    detail, and this one holds back that kind.
+    detail, and this one holds back that kind. An odd last row or column is left out; a level of one row or column has
+    fewer phases.
 
     Reference: ours.
     """
@@ -331,22 +333,23 @@ def entropy_channel_weights(gt_level: Tensor, prune: float = 0.25) -> Tensor:
     >>> entropy_channel_weights(torch.randn(1, 8, 16, 16), prune=0.25).count_nonzero()
     tensor(6)
 
-    Per sample, floor(prune * C) channels of least entropy get 0, the others their entropy, scaled to a mean
-    of 1 over all C. Equal entropies (a constant image) give equal weights. Without gradient.
+    Per sample, floor(prune * C) channels of least entropy get 0, the others their entropy or a quarter of the mean
+    entropy, whichever is more, scaled to a mean of 1 over all C. So what does not vary in GT, as in a clean sky, is not
+    free in SR. Equal entropies (a constant image) give equal weights. Without gradient.
 
     Args:
         gt_level: features of the ground truth at one level.
         prune: fraction of channels to drop, in [0, 1).
 
     Reference: arXiv 2411.13548 (MGHF), adaptive entropy-based pruning and reweighting; the proportional
-    weights and the default of a quarter are our choice.
+    weights, their least value and the default of a quarter are our choice.
     """
     _checks.number("prune", prune, below=1)
     entropy = channel_entropy(gt_level)
     channels = entropy.shape[1]
     dropped = entropy.argsort(dim=1, stable=True)[:, : int(prune * channels)]
     # The constant decides only where all entropies are 0.
-    weights = (entropy + 1e-6).scatter(1, dropped, 0.0)
+    weights = entropy.maximum(LEAST_SHARE * entropy.mean(1, keepdim=True) + 1e-6).scatter(1, dropped, 0.0)
     return weights / weights.mean(1, keepdim=True)
 
 
