@@ -115,7 +115,7 @@ def test_compiled_as_one_graph_it_gives_the_same_gradient(name, twins):
     assert (got - expected).norm() <= 1e-5 * expected.norm()
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", ["MGHFnLoss", "MGHFLoss", "DinoJSDLoss"])
 def test_other_words_are_refused(name, twins):
     with pytest.raises(ValueError, match="memory must be one of 'normal', 'low', got 'lowest'"):
         {"MGHFnLoss": MGHFnLoss, "MGHFLoss": MGHFLoss, "DinoJSDLoss": DinoJSDLoss}[name](
