@@ -143,12 +143,12 @@ def interpret() -> None:
     """Let CPU tensors take the kernels, which the interpreter runs."""
     import torch
 
-    from mghf_loss import coupling, inn
-    from mghf_loss.ops import cuda
+    from mghf_loss import coupling
+    from mghf_loss.ops import cuda, linear
 
     library = torch.library.Library("mghf_loss", "IMPL")
     cuda.reason_against_kernels = lambda device: None
-    coupling.uses_operators = inn.uses_operators = lambda x: x.dtype == torch.float32
+    coupling.uses_operators = linear.uses_operators = lambda x: x.dtype == torch.float32
     for name, _, formula in cuda.OPERATORS:
         library.impl(name, cuda.with_fallback(name, name, formula), "CPU")
     INTERPRETED.append(library)

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mghf_loss import MGHFLoss, MGHFnLoss, coupling, inn
-from mghf_loss.ops import convolution
+from mghf_loss import MGHFLoss, MGHFnLoss, coupling
+from mghf_loss.ops import convolution, linear
 
 # Launches of our operators (`ops/*_triton.py`); PatchNCE: of up to 512 locations, fills included.
 LAUNCHES = {
@@ -67,15 +67,15 @@ def trace(loss: torch.nn.Module, batch: int, size: int, operators: bool = True) 
     gt = torch.rand(batch, 3, size, size)
     sr = (gt + 0.1 * torch.randn_like(gt)).requires_grad_()
     torch.autograd.grad(loss(sr, gt), sr)  # what is done once is not counted
-    before = inn.uses_operators, coupling.uses_operators, convolution.uses_cudnn
-    inn.uses_operators = coupling.uses_operators = lambda x: operators
+    before = coupling.uses_operators, linear.uses_operators, convolution.uses_cudnn
+    coupling.uses_operators = linear.uses_operators = lambda x: operators
     convolution.uses_cudnn = lambda x: True
     found = Trace()
     try:
         with found:
             torch.autograd.grad(loss(sr, gt), sr)
     finally:
-        inn.uses_operators, coupling.uses_operators, convolution.uses_cudnn = before
+        coupling.uses_operators, linear.uses_operators, convolution.uses_cudnn = before
     return found
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from conftest import perturbed_inn
-from mghf_loss import MGHFLoss, coupling, inn
+from mghf_loss import MGHFLoss, coupling
 from mghf_loss.ops import couplings, linear
 
 
@@ -21,7 +21,7 @@ def as_on_cuda(monkeypatch):
 
     def take():
         calls = []
-        for module in (coupling, inn):
+        for module in (coupling, linear):
             monkeypatch.setattr(module, "uses_operators", lambda x: calls.append(x.shape) or True)
         return calls
 
@@ -47,19 +47,25 @@ def test_the_loss_is_the_same_by_operators_and_by_modules(size, conditioning, as
     assert (gradient - expected[1]).norm() <= 1e-5 * expected[1].norm()
 
 
-def test_operators_are_for_float32_on_cuda_without_gradient_and_of_channels_that_fit(frozen, as_on_cuda):
-    level = frozen.levels[0]
-    mixing, affine = level._pairs()[0]
-    x, low = torch.randn(1, 9, 4, 4), torch.rand(1, 3, 4, 4)
-    assert coupling.fused_coupling(mixing, affine, x, low) is None
+def test_operators_are_for_float32_on_cuda_and_channels_that_fit(frozen, as_on_cuda, monkeypatch):
+    calls, low = [], torch.rand(1, 3, 4, 4)
+    monkeypatch.setattr(coupling, "coupling", lambda *given: calls.append(given) or couplings.coupling(*given))
+
+    def is_operator(pair, channels: int = 9, differentiated: bool = False) -> bool:
+        before = len(calls)
+        coupling.frozen_coupling(*pair, torch.randn(1, channels, 4, 4, requires_grad=differentiated), low)
+        return len(calls) > before
+
+    pair = frozen.levels[0]._pairs()[0]
+    assert not is_operator(pair)
     as_on_cuda()
-    assert coupling.fused_coupling(mixing, affine, x, low) is not None
-    assert coupling.fused_coupling(mixing, affine, x.clone().requires_grad_(), low) is not None
+    assert is_operator(pair)
+    assert is_operator(pair, differentiated=True)
     many = perturbed_inn(levels=1, hidden=33).requires_grad_(False).levels[0]._pairs()[0]
-    assert coupling.fused_coupling(*many, x, low) is not None
-    assert coupling.fused_coupling(*many, x.clone().requires_grad_(), low) is None  # its signs do not fit into 32 bits
+    assert is_operator(many)
+    assert not is_operator(many, differentiated=True)  # its signs do not fit into 32 bits
     wide = perturbed_inn(levels=2, variant="packet").requires_grad_(False).levels[1]
-    assert coupling.fused_coupling(*wide._pairs()[0], torch.randn(1, 45, 4, 4), low) is None
+    assert not is_operator(wide._pairs()[0], channels=45)
 
 
 def test_a_trainable_network_takes_its_modules(as_on_cuda):
@@ -76,14 +82,15 @@ def test_the_gradient_of_a_coupling_is_that_of_its_modules(size, frozen):
     x = torch.randn(2, 9, *size, dtype=torch.double, requires_grad=True)
     low = torch.rand(2, 3, *size, dtype=torch.double, requires_grad=True)
     blocks = [list(block.parameters()) for block in (affine.phi, affine.rho_eta)]
-    found, scale = couplings.coupling(x, low, mixing.matrix, *blocks, affine.clamp)
     expected, log_scale = affine.transform(mixing.transform(x), low)
-    torch.testing.assert_close(found, expected)
-    torch.testing.assert_close(scale, log_scale.exp())
-    assert not scale.requires_grad
-    upstream = torch.randn_like(found)
-    gradients = [torch.autograd.grad((z * upstream).sum(), (x, low)) for z in (found, expected)]
-    torch.testing.assert_close(*gradients)
+    upstream = torch.randn_like(expected)
+    gradients = torch.autograd.grad((expected * upstream).sum(), (x, low))
+    by_operator = couplings.coupling(x, low, mixing.matrix, *blocks, affine.clamp)
+    for found, scale in (by_operator, coupling.frozen_coupling(mixing, affine, x, low)):
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(scale, log_scale.exp())
+        assert not scale.requires_grad
+        torch.testing.assert_close(torch.autograd.grad((found * upstream).sum(), (x, low)), gradients)
 
 
 def linear_inputs(count: int, dtype: torch.dtype = torch.float32):
@@ -97,9 +104,9 @@ def test_the_gradient_of_a_linear_level_is_its_transpose(count):
     assert torch.autograd.gradcheck(lambda x: linear.linear_level(x, *given), x)
 
 
-def test_a_linear_level_without_mixings_is_the_haar_step(frozen):
-    image = torch.rand(2, 3, 6, 8)
-    for found, expected in zip(linear.linear_level(image), frozen.levels[0]._split(image), strict=True):
+def test_a_linear_level_without_mixings_is_the_haar_step():
+    image, trained = torch.rand(2, 3, 6, 8), perturbed_inn(levels=1)  # by FrEIA's module
+    for found, expected in zip(linear.linear_level(image), trained.levels[0]._split(image), strict=True):
         torch.testing.assert_close(found, expected)
 
 

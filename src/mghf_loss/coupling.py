@@ -15,11 +15,12 @@ from .ops.couplings import (
     MAX_DETAILS,
     MAX_HIDDEN,
     MAX_HIDDEN_WITH_GRADIENT,
+    Kept,
     bottleneck,
-    bottleneck_backward,
+    couple,
+    couple_backward,
     coupling,
     pad,
-    pad_mode,
 )
 
 
@@ -46,46 +47,10 @@ class Bottleneck(nn.Sequential):
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply the block; every map keeps its height and width."""
-        parameters = tuple(self.parameters())
-        frozen = input.requires_grad and not any(parameter.requires_grad for parameter in parameters)
-        # A trace holds no functions of Python.
-        if frozen and not torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
-            return _FrozenBottleneck.apply(input, *parameters)[0]  # type: ignore[index]
         if self.training and self.training_dtype is not None:
             with torch.autocast(input.device.type, self.training_dtype):
                 return super().forward(pad(input)).to(input.dtype)
-        return bottleneck(pad(input), *parameters)[0]
-
-
-class _FrozenBottleneck(torch.autograd.Function):
-    """`Bottleneck` with constant parameters: the backward pass needs the signs of the hidden maps only.
-
-    Autograd would keep the maps themselves, as inputs of convolutions whose weights need no gradient: four times
-    the memory, and most of what a loss keeps.
-    """
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, *parameters: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        output, first, second = bottleneck(pad(x), *parameters)
-        # ReLU leaves no negative values; bool() is several times as fast as > 0. A product with uint8 is vectorised on
-        # a CPU, with bool it is not.
-        return output, first.bool().view(torch.uint8), second.bool().view(torch.uint8)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.set_materialize_grads(False)  # no zeros for the masks
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.pad_mode = pad_mode(inputs[0])
-        ctx.save_for_backward(*output[1:], *inputs[1::2])
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        with torch.autocast(gradients[0].device.type, enabled=False):  # the caller's, where backward() is inside
-            gradient = bottleneck_backward(gradients[0], *ctx.saved_tensors, mode=ctx.pad_mode)
-        return gradient, *[None] * 6
+        return bottleneck(pad(input), *self.parameters())[0]
 
 
 class ChannelMixing(InvertibleModule):
@@ -195,16 +160,53 @@ class AffineCoupling(InvertibleModule):
         return input_dims
 
 
-def fused_coupling(
+def frozen_coupling(
     mixing: ChannelMixing, affine: AffineCoupling, x: Tensor, low: Tensor
 ) -> tuple[Tensor, Tensor] | None:
-    """What becomes of the details x, and the scale s, by one operator; None off CUDA and in training."""
-    parameters = (mixing.matrix, *affine.parameters())
+    """What becomes of the details x, and the scale s, with constant parameters; None in training."""
+    matrix, phi, rho_eta = mixing.matrix, list(affine.phi.parameters()), list(affine.rho_eta.parameters())
+    if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in (matrix, *phi, *rho_eta)):
+        return None
     differentiated = torch.is_grad_enabled() and (x.requires_grad or low.requires_grad)
     most = MAX_HIDDEN_WITH_GRADIENT if differentiated else MAX_HIDDEN
-    fits = x.shape[1] <= MAX_DETAILS and len(affine.phi[0].weight) <= most  # type: ignore[arg-type]
-    trained = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters)
-    if trained or not fits or not uses_operators(x):
-        return None
-    phi, rho_eta = list(affine.phi.parameters()), list(affine.rho_eta.parameters())
-    return coupling(x, low, mixing.matrix, phi, rho_eta, affine.clamp)
+    if uses_operators(x) and x.shape[1] <= MAX_DETAILS and len(phi[0]) <= most:
+        return coupling(x, low, matrix, phi, rho_eta, affine.clamp)
+    # A trace holds no functions of Python.
+    if differentiated and not torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
+        return _FrozenCoupling.apply(x, low, affine.clamp, matrix, *phi, *rho_eta)[:2]  # type: ignore[index]
+    z, kept = couple(x, low, matrix, phi, rho_eta, affine.clamp)
+    return z, kept.scale
+
+
+def _is_positive(hidden: Tensor) -> Tensor:
+    """After ReLU, as 1 and 0: bool() is several times as fast as > 0, and a CPU vectorises products with uint8."""
+    return hidden.bool().view(torch.uint8)
+
+
+class _FrozenCoupling(torch.autograd.Function):
+    """`couple` with constant parameters: the backward pass needs the signs of the hidden maps only.
+
+    Autograd would keep the maps themselves, as inputs of convolutions whose weights need no gradient: four times
+    the memory, and most of what a loss keeps.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, low: Tensor, clamp: float, matrix: Tensor, *blocks: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        z, (scale, z1, hidden) = couple(x, low, matrix, blocks[:6], blocks[6:], clamp, _is_positive)
+        return z, scale, z1, *hidden
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        _, _, ctx.clamp, *parameters = inputs
+        ctx.set_materialize_grads(False)  # no zeros for what is kept
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(*output[1:], *parameters)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        scale, z1, *rest = ctx.saved_tensors
+        kept, matrix, blocks = Kept(scale, z1, rest[:4]), rest[4], rest[5:]
+        return *couple_backward(gradients[0], kept, matrix, blocks[:6], blocks[6:], ctx.clamp), *[None] * 14

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from . import _checks, _files, checkpoints
-from .coupling import AffineCoupling, ChannelMixing, fused_coupling
-from .ops.convolution import convolution, uses_operators
+from .coupling import AffineCoupling, ChannelMixing, frozen_coupling
+from .ops.convolution import convolution
 from .ops.linear import linear_level
 
 Variant = Literal["pyramid", "packet"]
@@ -131,19 +131,16 @@ class Level(nn.Module):
         return details, low, 0.0
 
     def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        if self._fits_operators(x):
+        if self._is_linear(x):
             return linear_level(x)
         # FrEIA's module, which on CUDA may run in tf32, as one convolution.
         bands = convolution(x, self.haar.haar_weights, stride=2, groups=x.shape[1]) * self.haar.fac_fwd
         bands = bands.unflatten(1, (-1, 4))
         return torch.cat((bands[:, 3:, 0], bands[:, :, 1:].flatten(1, 2)), dim=1), bands[:, :3, 0]
 
-    def _fits_operators(self, x: Tensor) -> bool:
-        return (
-            x.shape[1] == 3
-            and uses_operators(x)
-            and not any(mixing.matrix.requires_grad for mixing, _ in self._pairs())
-        )
+    def _is_linear(self, x: Tensor) -> bool:
+        """Whether `linear_level` maps differences: of images, with constant mixings."""
+        return x.shape[1] == 3 and not any(mixing.matrix.requires_grad for mixing, _ in self._pairs())
 
     def _first_step(self, x: Tensor) -> tuple[Tensor, Tensor]:
         details, low = self._split(x)
@@ -153,7 +150,7 @@ class Level(nn.Module):
     def _step(self, k: int, details: Tensor, low: Tensor) -> Tensor:
         """Mixing and coupling number k."""
         (mixing, coupling), condition = self._pairs()[k], low * self.condition_scale
-        found = fused_coupling(mixing, coupling, details, condition)
+        found = frozen_coupling(mixing, coupling, details, condition)
         if found is None:
             found = coupling.transform(mixing.transform(details), condition)
         return found[0]
@@ -166,7 +163,7 @@ class Level(nn.Module):
         details, low = self._split(x)
         condition, scales = low * self.condition_scale, []
         for mixing, coupling in self._pairs():
-            found = fused_coupling(mixing, coupling, details, condition)
+            found = frozen_coupling(mixing, coupling, details, condition)
             if found is None:
                 details, log_scale = coupling.transform(mixing.transform(details), condition)
                 found = details, log_scale.exp()
@@ -176,7 +173,7 @@ class Level(nn.Module):
 
     def linear(self, x: Tensor, scales: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Map a difference of two inputs to that of their details and low-pass, with given scales and no shifts."""
-        if self._fits_operators(x):
+        if self._is_linear(x):
             return linear_level(x, [mixing.matrix for mixing, _ in self._pairs()], scales)
         details, low = self._split(x)
         for (mixing, coupling), scale in zip(self._pairs(), scales, strict=True):

@@ -51,6 +51,13 @@ def _convolve(
     )
 
 
+def channels_last(x: Tensor) -> Tensor:
+    """Lay out `x` for a block of convolutions on a CPU: a depthwise one takes half the time then. vmap cannot."""
+    if uses_cudnn(x) or torch._C._are_functorch_transforms_active():
+        return x
+    return x.contiguous(memory_format=torch.channels_last)
+
+
 def uses_cudnn(x: Tensor) -> bool:
     """Whether convolutions of `x` may be in tf32."""
     return x.is_cuda

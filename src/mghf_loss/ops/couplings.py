@@ -13,18 +13,75 @@ it also writes z1 before the scaling, and the signs of the hidden maps, a bit a 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .convolution import convolution
+from .convolution import channels_last, convolution
 from .statistics import Precision
 
 # Of the kernels; a pyramid has 9 details. A gradient takes 32 hidden channels at most, a bit of a number each.
 MAX_DETAILS, MAX_HIDDEN, MAX_HIDDEN_WITH_GRADIENT = 13, 64, 32
+
+
+class Kept(NamedTuple):
+    """What the backward pass of a coupling needs.
+
+    Attributes:
+        scale: s, (B, n1, h, w).
+        z1: before the scaling, (B, n1, h, w).
+        hidden: where the four hidden maps are positive, as 1 and 0: two of phi and two of rho_eta, (B, hidden, h, w),
+            the first of each padded by one location.
+    """
+
+    scale: Tensor
+    z1: Tensor
+    hidden: list[Tensor]
+
+
+def couple(
+    x: Tensor,
+    low: Tensor,
+    matrix: Tensor,
+    phi: Sequence[Tensor],
+    rho_eta: Sequence[Tensor],
+    clamp: float,
+    keep: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[Tensor, Kept]:
+    """z (B, C, h, w), and what its gradient needs, in the dtype of `x`; `keep` makes it of the hidden maps."""
+    channels, hidden = x.shape[1], []
+    n1 = channels - channels // 2
+
+    def block(z: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+        output, *maps = bottleneck(pad(torch.cat((z, low), dim=1)), *parameters)
+        hidden.extend(keep(each) for each in maps if keep is not None)
+        return output
+
+    with torch.autocast(x.device.type, enabled=False):
+        z1, z2 = convolution(x, matrix[:, :, None, None]).split((n1, channels - n1), dim=1)
+        z2 = z2 + block(z1, phi)
+        rho, eta = block(z2, rho_eta).chunk(2, dim=1)
+        scale = torch.exp(clamp * torch.tanh(rho / clamp))
+        return torch.cat((z1 * scale + eta, z2), dim=1), Kept(scale, z1.contiguous(), hidden)
+
+
+def couple_backward(
+    gradient: Tensor, kept: Kept, matrix: Tensor, phi: Sequence[Tensor], rho_eta: Sequence[Tensor], clamp: float
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x and of the low-pass band from that of z."""
+    scale, z1, hidden = kept
+    n1, mode = scale.shape[1], pad_mode(gradient)
+    with torch.autocast(gradient.device.type, enabled=False):
+        first, second = gradient[:, :n1], gradient[:, n1:]
+        rho = first * z1 * scale * (1 - (scale.log() / clamp).square())
+        both = bottleneck_backward(torch.cat((rho, first), 1), *hidden[2:], *rho_eta[::2], mode=mode)
+        second, low = second + both[:, : second.shape[1]], both[:, second.shape[1] :]
+        both = bottleneck_backward(second, *hidden[:2], *phi[::2], mode=mode)
+        mixed = torch.cat((first * scale + both[:, :n1], second), 1)
+        return convolution(mixed, matrix.T[:, :, None, None]), low + both[:, n1:]
 
 
 def coupling_formula(
@@ -37,7 +94,8 @@ def coupling_formula(
     precision: str,
 ) -> tuple[Tensor, Tensor]:
     """z (B, C, h, w) and the scale s (B, n1, h, w) of its first n1 channels, in the dtype of `x`."""
-    return kept_formula(x, low, matrix, phi, rho_eta, clamp, precision)[:2]
+    z, kept = couple(x, low, matrix, phi, rho_eta, clamp)
+    return z, kept.scale
 
 
 def kept_formula(
@@ -50,18 +108,9 @@ def kept_formula(
     precision: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """z, s, z1 before the scaling, and the signs of the four hidden maps, (B, 4, h, w) int32, a bit a channel."""
-    channels = x.shape[1]
-    n1 = channels - channels // 2
-    with torch.autocast(x.device.type, enabled=False):
-        z1, z2 = convolution(x, matrix[:, :, None, None]).split((n1, channels - n1), dim=1)
-        shift, *hidden = bottleneck(pad(torch.cat((z1, low), dim=1)), *phi)
-        z2 = z2 + shift
-        both, *more = bottleneck(pad(torch.cat((z2, low), dim=1)), *rho_eta)
-        rho, eta = both.chunk(2, dim=1)
-        scale = torch.exp(clamp * torch.tanh(rho / clamp))
-        signs = [_packed(hidden[0][..., 1:-1, 1:-1]), _packed(hidden[1])]
-        signs += [_packed(more[0][..., 1:-1, 1:-1]), _packed(more[1])]
-        return torch.cat((z1 * scale + eta, z2), dim=1), scale, z1.contiguous(), torch.stack(signs, 1)
+    z, (scale, z1, signs) = couple(x, low, matrix, phi, rho_eta, clamp, _packed)
+    signs[::2] = [padded[:, 1:-1, 1:-1] for padded in signs[::2]]
+    return z, scale, z1, torch.stack(signs, 1)
 
 
 def kept_backward_formula(
@@ -76,22 +125,9 @@ def kept_backward_formula(
     precision: str,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of x and of the low-pass band from that of z."""
-    n1, mode = scale.shape[1], pad_mode(gradient)
-
-    def backward(gradient: Tensor, first: Tensor, second: Tensor, parameters: Sequence[Tensor]) -> Tensor:
-        weights = parameters[::2]
-        first, second = (_unpacked(signs, len(weights[0])) for signs in (first, second))
-        first = F.pad(first.to(gradient.dtype), (1, 1, 1, 1), mode=mode)  # padding of integers is not implemented
-        return bottleneck_backward(gradient, first, second, *weights, mode=mode)
-
-    with torch.autocast(gradient.device.type, enabled=False):
-        first, second = gradient[:, :n1], gradient[:, n1:]
-        rho = first * z1 * scale * (1 - (scale.log() / clamp).square())
-        both = backward(torch.cat((rho, first), 1), signs[:, 2], signs[:, 3], rho_eta)
-        second, low = second + both[:, : second.shape[1]], both[:, second.shape[1] :]
-        both = backward(second, signs[:, 0], signs[:, 1], phi)
-        mixed = torch.cat((first * scale + both[:, :n1], second), 1)
-        return convolution(mixed, matrix.T[:, :, None, None]), low + both[:, n1:]
+    hidden = [_unpacked(signs[:, k], len(phi[0])).to(gradient.dtype) for k in range(4)]
+    hidden[::2] = [pad(positive) for positive in hidden[::2]]
+    return couple_backward(gradient, Kept(scale, z1, hidden), matrix, phi, rho_eta, clamp)
 
 
 def _packed(hidden: Tensor) -> Tensor:
@@ -206,7 +242,7 @@ def pad(x: Tensor) -> Tensor:
 def unpad(gradient: Tensor, mode: str) -> Tensor:
     """Gradient of `pad`, added in one order: torch's own adds in any order on CUDA, and is slower on a CPU."""
     edge = int(mode == "reflect")
-    gradient = gradient.clone()
+    gradient = gradient.clone(memory_format=torch.contiguous_format)
     rows = gradient[..., 1:-1, :]
     rows[..., edge, :] += gradient[..., 0, :]
     rows[..., -1 - edge, :] += gradient[..., -1, :]
@@ -219,9 +255,9 @@ def unpad(gradient: Tensor, mode: str) -> Tensor:
 def bottleneck(x: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """A bottleneck block's output from its padded input, and its hidden maps."""
     w1, b1, w2, b2, w3, b3 = parameters
-    first = convolution(x, w1, b1).relu_()
+    first = convolution(channels_last(x), w1, b1).relu_()
     second = convolution(first, w2, b2, groups=w2.shape[0]).relu_()
-    return convolution(second, w3, b3), first, second
+    return convolution(second, w3, b3).contiguous(), first, second
 
 
 def bottleneck_backward(
@@ -229,6 +265,6 @@ def bottleneck_backward(
 ) -> Tensor:
     """Gradient of x in `bottleneck(pad(x), ...)`, given where the hidden maps are positive, as 1 and 0."""
     # The transpose of a convolution: channels swapped, taps flipped, full padding.
-    gradient = convolution(gradient, w3.transpose(0, 1)).mul_(second)
+    gradient = convolution(channels_last(gradient), w3.transpose(0, 1)).mul_(second)
     gradient = convolution(gradient, w2.flip(-2, -1), padding=2, groups=w2.shape[0]).mul_(first)
     return unpad(convolution(gradient, w1.transpose(0, 1)), mode)

@@ -15,24 +15,27 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from .convolution import convolution
+from .convolution import convolution, uses_operators
 from .statistics import first_derivative
 
 
 def linear_level_formula(x: Tensor, matrices: Sequence[Tensor], scales: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Details (B, 9, h, w) and low-pass (B, 3, h, w)."""
     with torch.autocast(x.device.type, enabled=False):
-        a, b, c, d = (0.5 * x[:, :, row::2, column::2] for row in (0, 1) for column in (0, 1))
+        x = 0.5 * x
+        a, b, c, d = (x[:, :, row::2, column::2] for row in (0, 1) for column in (0, 1))
+        top, top_difference, bottom, bottom_difference = a + b, a - b, c + d, c - d
         # left minus right, top minus bottom, diagonal, as FrEIA's module has them
-        details = torch.stack((a - b + c - d, a + b - c - d, a - b - c + d), 2).flatten(1, 2)
+        bands = top_difference + bottom_difference, top - bottom, top_difference - bottom_difference
+        details = torch.stack(bands, 2).flatten(1, 2)
         for matrix, scale in zip(matrices, scales, strict=True):
             n1 = scale.shape[1]
             mixed = convolution(details, matrix[:, :, None, None])
             details = torch.cat((mixed[:, :n1] * scale, mixed[:, n1:]), 1)
-        return details, a + b + c + d
+        return details, top + bottom
 
 
 def transpose_formula(details: Tensor, low: Tensor, matrices: Sequence[Tensor], scales: Sequence[Tensor]) -> Tensor:
@@ -44,16 +47,13 @@ def transpose_formula(details: Tensor, low: Tensor, matrices: Sequence[Tensor], 
             details = convolution(scaled, matrix.T[:, :, None, None])
         vertical, horizontal, diagonal = (0.5 * details).unflatten(1, (-1, 3)).unbind(2)
         low = 0.5 * low
-        pixels = torch.stack(
-            (
-                low + vertical + horizontal + diagonal,
-                low - vertical + horizontal - diagonal,
-                low + vertical - horizontal - diagonal,
-                low - vertical - horizontal + diagonal,
-            ),
-            2,
-        )
-        return F.pixel_shuffle(pixels.flatten(1, 2), 2)
+        batch, channels, height, width = low.shape
+        x = details.new_empty((batch, channels, 2 * height, 2 * width))
+        for row, sign in enumerate((1, -1)):
+            mean = torch.add(low, horizontal, alpha=sign)
+            difference = torch.add(vertical, diagonal, alpha=sign)
+            x[:, :, row::2, ::2], x[:, :, row::2, 1::2] = mean + difference, mean - difference
+        return x
 
 
 operator = torch.library.custom_op("mghf_loss::linear_level", linear_level_formula, mutates_args=())
@@ -99,4 +99,33 @@ def linear_level(x: Tensor, matrices: Sequence[Tensor] = (), scales: Sequence[Te
         matrices: of the mixings, (9, 9) each.
         scales: of the couplings, (B, n1, h, w) each.
     """
-    return operator(x, [matrix.detach() for matrix in matrices], [scale.detach() for scale in scales])
+    matrices, scales = [matrix.detach() for matrix in matrices], [scale.detach() for scale in scales]
+    if uses_operators(x):
+        return operator(x, matrices, scales)
+    # A trace holds no functions of Python.
+    if x.requires_grad and torch.is_grad_enabled() and not torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
+        return _LinearLevel.apply(x, *matrices, *scales)  # type: ignore[return-value]
+    return linear_level_formula(x, matrices, scales)
+
+
+class _LinearLevel(torch.autograd.Function):
+    """The formula with its transpose: on a CPU, less work than the operator's dispatch or autograd's way back."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, *constants: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        couplings = len(constants) // 2
+        return linear_level_formula(x, constants[:couplings], constants[couplings:])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(*inputs[1:])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, details: Tensor, low: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        constants = ctx.saved_tensors  # once: a checkpoint unpacks them once
+        couplings = len(constants) // 2
+        gradient = transpose_formula(details, low, constants[:couplings], constants[couplings:])
+        return gradient, *[None] * len(constants)
