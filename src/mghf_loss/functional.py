@@ -53,7 +53,7 @@ def mghf(sr: Tensor, gt: Tensor, **options: Any) -> Any:
     >>> sr, gt = torch.rand(2, 1, 3, 64, 64)
     >>> loss, terms = mghf(sr, gt, coefficients={"patch_nce": 0}, return_terms=True)
     >>> list(terms)
-    ['content', 'style', 'correlation', 'texture']
+    ['content', 'style', 'correlation', 'texture', 'grid']
 
     Args:
         sr: super-resolved images.

@@ -46,7 +46,9 @@ BY_PLACE, BY_STATISTICS = {"content", "texture", "grid"}, {"style", "correlation
 OFF = dict.fromkeys(("content", "style", "correlation", "texture", "grid", "patch_nce", "dino_jsd"), 0.0)
 PRESETS: dict[Preset, Settings] = {
     "balanced": Settings(
-        OFF | {"content": 0.1, "style": 300.0, "correlation": 0.5, "texture": 0.15}, conditioning="gt"
+        OFF | {"content": 0.12, "style": 300.0, "correlation": 0.3, "texture": 0.15, "grid": 0.1},
+        conditioning="gt",
+        weighting="entropy",
     ),
     "sharp": Settings(
         OFF | {"content": 0.06, "style": 200.0, "correlation": 0.035, "texture": 0.06, "grid": 0.1},
@@ -237,7 +239,7 @@ class MGHFnLoss(FeatureCriterion):
         input_range: values of black and white; values outside are taken as they are, never clamped.
         reduction: `"mean"`, `"sum"` or `"none"` (per image).
         memory: `"low"` computes SR's features again in the backward pass instead of keeping what is inside each
-            coupling: the same gradient with about a fifth of the memory from forward to backward pass, in about
+            coupling: the same gradient with about three tenths of the memory from forward to backward pass, in about
             1.5 times the time. With `conditioning="gt"` there is nothing to keep.
         cache_gt: keep what was computed from the last GT between calls, for a step that compares several SR images
             with one GT tensor. See `mghf_loss._gt_cache.GTCache` for when it is used and when not.
@@ -282,7 +284,7 @@ class MGHFLoss(FeatureCriterion):
     >>> criterion = MGHFLoss(coefficients={"style": 300})
     >>> loss, terms = criterion(sr, gt, return_terms=True)
     >>> list(terms)
-    ['content', 'style', 'correlation', 'texture']
+    ['content', 'style', 'correlation', 'texture', 'grid']
 
     Args:
         preset: a set of the options below, chosen by the studies of docs/evidence.md for use beside an L1 loss at
