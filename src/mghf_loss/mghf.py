@@ -46,9 +46,7 @@ BY_PLACE, BY_STATISTICS = {"content", "texture", "grid"}, {"style", "correlation
 OFF = dict.fromkeys(("content", "style", "correlation", "texture", "grid", "patch_nce", "dino_jsd"), 0.0)
 PRESETS: dict[Preset, Settings] = {
     "balanced": Settings(
-        OFF | {"content": 0.12, "style": 300.0, "correlation": 0.3, "texture": 0.15, "grid": 0.1},
-        conditioning="gt",
-        weighting="entropy",
+        OFF | {"content": 0.1, "style": 300.0, "correlation": 0.5, "texture": 0.15, "grid": 0.1}, conditioning="gt"
     ),
     "sharp": Settings(
         OFF | {"content": 0.06, "style": 200.0, "correlation": 0.035, "texture": 0.06, "grid": 0.1},
