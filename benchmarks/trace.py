@@ -24,8 +24,8 @@ from mghf_loss.ops import convolution, linear
 LAUNCHES = {
     "second_order_statistics": 3,
     "second_order_statistics_backward": 1,
-    "texture": 2,
-    "texture_backward": 1,
+    "local_errors": 2,
+    "local_errors_backward": 1,
     "patch_nce": 8,
     "coupling": 2,
     "coupling_kept": 2,

@@ -98,10 +98,14 @@ def linear_inputs(count: int, dtype: torch.dtype = torch.float32):
     return torch.randn(2, 3, 6, 8, dtype=dtype, requires_grad=True), list(matrices), list(scales)
 
 
+@pytest.mark.parametrize("used", [slice(0, 1), slice(1, 2), slice(0, 2)], ids=["details", "low-pass", "both"])
 @pytest.mark.parametrize("count", [0, 2])
-def test_the_gradient_of_a_linear_level_is_its_transpose(count):
+@pytest.mark.parametrize("is_operator", [False, True])
+def test_the_gradient_of_a_linear_level_is_its_transpose(is_operator, count, used, as_on_cuda):
+    if is_operator:
+        as_on_cuda()
     x, *given = linear_inputs(count, torch.double)
-    assert torch.autograd.gradcheck(lambda x: linear.linear_level(x, *given), x)
+    assert torch.autograd.gradcheck(lambda x: linear.linear_level(x, *given)[used], x)
 
 
 def test_a_linear_level_without_mixings_is_the_haar_step():
@@ -120,7 +124,8 @@ def test_operators_are_registered_as_torch_wants_them(frozen):
     torch.library.opcheck(couplings.kept_operator, (inputs[0].requires_grad_(), *inputs[1:]))
     torch.library.opcheck(linear.operator, linear_inputs(2))
     details, low = linear.linear_level(linear_inputs(0)[0])
-    torch.library.opcheck(linear.transpose_operator, (details.detach(), low.detach(), *linear_inputs(2)[1:]))
+    for given in (low.detach(), None):
+        torch.library.opcheck(linear.transpose_operator, (details.detach(), given, *linear_inputs(2)[1:]))
 
 
 @pytest.mark.compile

@@ -13,7 +13,7 @@ from torch.func import grad, jacrev, jvp, vmap
 from conftest import perturbed_inn
 from mghf_loss import MGHFLoss, MGHFnLoss
 from mghf_loss.ops import patch_nce, second_order_statistics
-from mghf_loss.ops.texture import texture_error
+from mghf_loss.ops.local import local_errors
 
 # PyTorch's remarks that it loops over what an operator cannot batch, and that its own forward-mode AD is scripted.
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop", "ignore:`torch.jit")
@@ -104,7 +104,7 @@ def test_a_trace_with_gradient_can_be_saved(criterion):
 OPERATORS = {
     "patch_nce": lambda sr, gt: patch_nce(sr, gt),
     "statistics": lambda sr, gt: second_order_statistics(sr, gt).covariance,
-    "texture": lambda sr, gt: texture_error(sr[..., None], gt[..., None]),
+    "local_errors": lambda sr, gt: torch.cat([x.flatten(1) for x in local_errors(sr[..., None], gt[..., None])], 1),
 }
 
 

@@ -28,6 +28,9 @@ FLOATS = (
     "slope",
     "scale",
     "square_eps",
+    "of_squared",
+    "of_window",
+    "of_phase",
     "moment_scale",
     "gram_scale",
     "log_weight",
@@ -103,7 +106,7 @@ def patch_nce_kernels(
 def network_kernels(
     architecture: int, aligned: bool
 ) -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]]:
-    from mghf_loss.ops import couplings_triton, linear_triton, texture_triton
+    from mghf_loss.ops import couplings_triton, linear_triton, local_triton
 
     for width, second, high in product((16, 128), (False, True), (False, True)) if aligned else ():
         columns, rows, options = couplings_triton.tiles(32, width)
@@ -120,16 +123,25 @@ def network_kernels(
             yield f"{kernel.__name__} {label} {more}", kernel, types, constants | more, options
     for dtype, (rows, columns) in product(("fp32", "bf16"), ((4, 4), (1, 3), (100, 100))):
         pointers = dict.fromkeys(("x_ptr", "y_ptr", "gradient_ptr"), f"*{dtype}")
-        padded, windows = texture_triton.tile(columns)
-        sizes = {"ROWS": rows, "COLUMNS": columns}
-        kernel, constants = texture_triton._texture_kernel, {**sizes, "PADDED": padded, "WINDOWS": windows}
-        yield f"texture {sizes}, {dtype}", kernel, signature(kernel, **pointers), constants, texture_triton.OPTIONS
-        kernel, constants = texture_triton._texture_backward_kernel, {**sizes, "FEATURES": texture_triton.FEATURES}
-        yield f"texture back {sizes}, {dtype}", kernel, signature(kernel, **pointers), constants, texture_triton.OPTIONS
+        padded, windows = local_triton.tile(columns)
+        sizes, options = {"ROWS": rows, "COLUMNS": columns}, local_triton.OPTIONS
+        for squared, (kernel, more) in product(
+            (False, True),
+            (
+                (local_triton._local_kernel, {"PADDED": padded, "WINDOWS": windows}),
+                (local_triton._local_backward_kernel, {"FEATURES": local_triton.FEATURES}),
+            ),
+        ):
+            constants = {**sizes, **more, "SQUARED": squared}
+            yield f"{kernel.__name__} {constants}, {dtype}", kernel, signature(kernel, **pointers), constants, options
     for count in (0, 2):
-        for kernel in (linear_triton._forward_kernel, linear_triton._transpose_kernel):
-            constants = {"COUPLINGS": count, "N1": 5, "R": linear_triton.ROWS, "P": linear_triton.PLACES}
-            yield f"linear level {count}", kernel, signature(kernel), constants, linear_triton.OPTIONS
+        for kernel, more in (
+            (linear_triton._forward_kernel, {}),
+            (linear_triton._transpose_kernel, {"LOW": True}),
+            (linear_triton._transpose_kernel, {"LOW": False}),
+        ):
+            constants = {"COUPLINGS": count, "N1": 5, "R": linear_triton.ROWS, "P": linear_triton.PLACES, **more}
+            yield f"linear level {count} {more}", kernel, signature(kernel), constants, linear_triton.OPTIONS
 
 
 def compile_kernel(

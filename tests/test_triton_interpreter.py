@@ -56,7 +56,7 @@ def errors(rows: list[dict], operator: str, precision: str) -> list[tuple[str, f
     return found
 
 
-@pytest.mark.parametrize("operator", [*FAST, "linear_level", "texture"])
+@pytest.mark.parametrize("operator", [*FAST, "linear_level", "local_errors"])
 def test_high_errs_no_more_than_twice_the_float32_formula(operator, rows):
     for where, error, native in errors(rows, operator, "high"):
         assert error <= 2 * native + HALF_UNIT, f"{where}: {error:.1e}, formula {native:.1e}"

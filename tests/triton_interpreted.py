@@ -24,12 +24,12 @@ from mghf_loss.ops import (
     cuda,
     linear,
     linear_triton,
+    local,
+    local_triton,
     nce,
     nce_triton,
     statistics,
     statistics_triton,
-    texture,
-    texture_triton,
 )
 from mghf_loss.ops.convolution import uses_operators
 from mghf_loss.ops.statistics_triton import backward_triton
@@ -192,12 +192,13 @@ def linear_case(name: str, size: tuple[int, int], count: int) -> None:
 
     def run(forward, transpose, dtype: torch.dtype) -> list[Tensor]:
         given = [list(tensors.to(dtype).unbind(0)) for tensors in (matrices, scales)]
-        return [*forward(x.to(dtype), *given), transpose(details.to(dtype), low.to(dtype), *given)]
+        back = [transpose(details.to(dtype), given_low, *given) for given_low in (low.to(dtype), None)]
+        return [*forward(x.to(dtype), *given), *back]
 
     formula = (linear.linear_level_formula, linear.transpose_formula)
-    exact = run(*formula, torch.double)
+    exact, names = run(*formula, torch.double), ("details", "low", "transpose", "transpose of details")
     kernel, native = (
-        {key: relative(f, e) for key, f, e in zip(("details", "low", "transpose"), found, exact, strict=True)}
+        {key: relative(f, e) for key, f, e in zip(names, found, exact, strict=True)}
         for found in (
             run(linear_triton.linear_level_triton, linear_triton.transpose_triton, torch.float32),
             run(*formula, torch.float32),
@@ -206,7 +207,7 @@ def linear_case(name: str, size: tuple[int, int], count: int) -> None:
     report("linear_level", name, "high", kernel, native)
 
 
-def texture_case(name: str, shape: tuple[int, ...], window: int, **options) -> None:
+def local_case(name: str, shape: tuple[int, ...], window: int, squared_error: bool = True, **options) -> None:
     torch.manual_seed(1)
     gt = torch.randn(shape)
     sr = gt + 0.3 * torch.randn(shape)
@@ -214,21 +215,24 @@ def texture_case(name: str, shape: tuple[int, ...], window: int, **options) -> N
     if options.get("channels_last"):
         sr, gt = (level.contiguous(memory_format=torch.channels_last) for level in (sr, gt))
     sr, gt = sr.to(options.get("dtype", torch.float32)), gt.to(options.get("dtype", torch.float32))
-    exact_error, exact_slope = texture.texture_formula(sr.double(), gt.double(), window, 0.05)
-    upstream = torch.randn(shape[:2])
-    exact_gradient = texture.backward_formula(sr.double(), exact_slope, upstream.double(), window)
+    exact_errors, exact_slope = local.local_formula(sr.double(), gt.double(), window, 0.05, squared_error)
+    upstream, second = torch.randn(*shape[:2], 5 + squared_error), gt if squared_error else None
+    wide = None if second is None else second.double()
+    exact_gradient = local.backward_formula(sr.double(), wide, exact_slope, upstream.double(), window)
 
     def errors(forward, backward) -> dict[str, float]:
-        error, slope = forward(sr, gt, window, 0.05)
-        gradient = backward(sr, exact_slope.float(), upstream, window)
-        found = {"error": relative(error, exact_error), "slope": relative(slope, exact_slope)}
+        found_errors, slope = forward(sr, gt, window, 0.05, squared_error)
+        gradient = backward(sr, second, exact_slope.float(), upstream, window)
+        found = {"slope": relative(slope, exact_slope)}
+        for name, part in (("texture", slice(0, 1)), ("phases", slice(1, 5)), ("squared_error", slice(5, 6))):
+            found[name] = relative(found_errors[..., part], exact_errors[..., part])
         if sr.dtype == torch.float32:  # a 16-bit gradient is as exact as its dtype
             found["gradient"] = relative(gradient, exact_gradient)
         return found
 
-    kernel = errors(texture_triton.texture_triton, texture_triton.texture_backward_triton)
-    native = errors(texture.texture_formula, texture.backward_formula)
-    report("texture", name, "high", kernel, native)
+    kernel = errors(local_triton.local_triton, local_triton.local_backward_triton)
+    native = errors(local.local_formula, local.backward_formula)
+    report("local_errors", name, "high", kernel, native)
 
 
 def whole_loss_case(precision: str, conditioning: str) -> None:
@@ -330,11 +334,12 @@ def main() -> None:
         coupling_case("7 hidden channels", (5, 6), precision, hidden=7)
         coupling_case("48 hidden channels", (5, 6), precision, hidden=48)
     for size, window in product(((8, 16), (13, 11), (1, 3)), (1, 4, 5)):
-        texture_case(f"{size}, window {window}", (2, 3, *size), window)
-    texture_case("several programs", (1, 2, 50, 150), 4)
-    texture_case("one window", (1, 2, 3, 1100), 2000)
-    texture_case("channels_last", (2, 3, 9, 8), 4, channels_last=True)
-    texture_case("bf16", (2, 3, 9, 8), 4, dtype=torch.bfloat16)
+        local_case(f"{size}, window {window}", (2, 3, *size), window)
+    local_case("several programs", (1, 2, 50, 150), 4)
+    local_case("one window", (1, 2, 3, 1100), 2000)
+    local_case("channels_last", (2, 3, 9, 8), 4, channels_last=True)
+    local_case("bf16", (2, 3, 9, 8), 4, dtype=torch.bfloat16)
+    local_case("no squared error", (2, 3, 9, 8), 4, squared_error=False)
     for size, count in product(((5, 7), (8, 9), (11, 13)), (0, 2, 4)):
         linear_case(f"{size}, {count} couplings", size, count)
     nan_case()

@@ -35,15 +35,17 @@ class Shift(NamedTuple):
 
     rows: Tensor  # (B, H)
     columns: Tensor  # (B, W)
+    places: Tensor  # of both: row * W + column, (B, H * W)
 
 
 def shift_of(offsets: Tensor, height: int, width: int) -> Shift:
     """Shift images of a size by their own offsets, (B, 2), in pixels up and to the left."""
-    rows, columns = (
-        (torch.arange(size, device=offsets.device) + offset) % size
-        for size, offset in zip((height, width), offsets.split(1, dim=1), strict=True)
-    )
-    return Shift(rows, columns)
+    steps = offsets[:, :, None] + torch.arange(max(height, width), device=offsets.device)
+    if height == width:
+        rows, columns = (steps % height).unbind(1)
+    else:
+        rows, columns = steps[:, 0, :height] % height, steps[:, 1, :width] % width
+    return Shift(rows, columns, _places(rows, columns))
 
 
 def shifted(image: Tensor, shift: Shift) -> Tensor:
@@ -52,17 +54,20 @@ def shifted(image: Tensor, shift: Shift) -> Tensor:
     differentiated = image.requires_grad and torch.is_grad_enabled()
     if differentiated and not torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
         return _Shifted.apply(image, *shift)  # type: ignore[return-value]
-    return _gather(image, *shift)
+    return _gather(image, shift.places)
 
 
-def _gather(image: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    return image.flatten(2).gather(2, _index(image, rows, columns)).view(image.shape)
+def _gather(image: Tensor, places: Tensor) -> Tensor:
+    return image.flatten(2).gather(2, _of_channels(image, places)).view(image.shape)
 
 
-def _index(image: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Where each pixel of the shifted images comes from, (B, C, H W)."""
-    index = torch.add(columns[:, None], rows[:, :, None], alpha=image.shape[3]).flatten(1)
-    return index[:, None].expand(-1, image.shape[1], -1)
+def _places(rows: Tensor, columns: Tensor) -> Tensor:
+    """Where each pixel of the shifted images comes from, (B, H W)."""
+    return torch.add(columns[:, None], rows[:, :, None], alpha=columns.shape[1]).flatten(1)
+
+
+def _of_channels(image: Tensor, places: Tensor) -> Tensor:
+    return places[:, None].expand(-1, image.shape[1], -1)
 
 
 class _Shifted(torch.autograd.Function):
@@ -71,14 +76,15 @@ class _Shifted(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(image: Tensor, rows: Tensor, columns: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return _gather(image, rows, columns)
+    def forward(image: Tensor, rows: Tensor, columns: Tensor, places: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return _gather(image, places)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.save_for_backward(*inputs[1:])
+        ctx.save_for_backward(*inputs[1:3])
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        gradient, index = gradients[0].flatten(2), _index(gradients[0], *ctx.saved_tensors)
-        return torch.empty_like(gradient).scatter_(2, index, gradient).view(gradients[0].shape), None, None
+        rows, columns = ctx.saved_tensors
+        gradient, places = gradients[0].flatten(2), _of_channels(gradients[0], _places(rows, columns))
+        return torch.empty_like(gradient).scatter_(2, places, gradient).view(gradients[0].shape), None, None, None

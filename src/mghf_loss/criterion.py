@@ -158,7 +158,10 @@ class Criterion(nn.Module, ABC):
             _checks.foreign(type(self).__name__, unknown)
             raise TypeError(f"{type(self).__name__} takes sr, gt and options, got an unknown {', '.join(unknown)}")
         values = self.term_values(sr, gt, generator, mask=mask)
-        total = torch.stack([self._coefficients[name] * value for name, value in values.items()]).sum(0)
+        first, *others = values
+        total = self._coefficients[first] * values[first]
+        for name in others:
+            total = torch.add(total, values[name], alpha=self._coefficients[name])
         loss = terms.reduce(total, self.reduction)
         if not return_terms:
             return loss

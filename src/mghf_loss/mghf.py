@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -17,8 +17,8 @@ from ._gt_cache import GTCache
 from .criterion import Criterion, Memory, merged_coefficients, rescale
 from .dino import DEFAULT_MODEL, DinoJSDLoss
 from .frozen import Frozen
+from .ops.local import stacked_local_errors
 from .ops.statistics import Precision, stacked_statistics
-from .ops.texture import texture_error
 
 if TYPE_CHECKING:
     from .inn import HighFrequencyINN
@@ -269,7 +269,7 @@ class MGHFnLoss(FeatureCriterion):
         super().__init__({"content": 1.0}, inn, conditioning, shift, input_range, reduction, memory, cache_gt)
 
     def _stack_terms(self, levels: list[LevelPair], seed: Tensor) -> dict[str, Tensor]:
-        return {"content": terms.content_of(_stacked(terms.squared_error, levels), None)}
+        return {"content": terms.content_of(_stacked_squared_error(levels), None)}
 
 
 class MGHFLoss(FeatureCriterion):
@@ -396,27 +396,29 @@ class MGHFLoss(FeatureCriterion):
         return not wanted.isdisjoint(BY_PLACE), not wanted.isdisjoint(BY_STATISTICS)
 
     def _stack_terms(self, levels: list[LevelPair], seed: Tensor) -> dict[str, Tensor]:
-        """Content, style and correlation share one pass over the features where they compare the same ones."""
-        wanted, values, statistics = self._wanted(), {}, None
+        """Content shares one pass over the features with style and correlation, or with texture and grid."""
+        wanted, values, statistics, local = self._wanted(), {}, None, None
         per_level = [level.gt.channel_weights for level in levels if level.gt.channel_weights is not None]
         weights = torch.stack(per_level) if per_level else None
         if wanted & {"style", "correlation"}:
             features = [(level.by_statistics, level.gt.features, level.gt.channel_weights) for level in levels]
             statistics = stacked_statistics(features, gram="style" in wanted, precision=self.precision)
+        content_by_place = "content" in wanted and (statistics is None or self.conditioning == "mixed")
+        if wanted & {"texture", "grid"}:
+            pairs = [(level.by_place, level.gt.features) for level in levels]
+            local = stacked_local_errors(pairs, squared_error=content_by_place)
         if "content" in wanted:
-            if statistics is None or self.conditioning == "mixed":
-                error = _stacked(terms.squared_error, levels)
-            else:
-                error = statistics.squared_error
-            values["content"] = terms.content_of(error, weights)
+            shared = local if content_by_place else statistics
+            error = None if shared is None else shared.squared_error
+            values["content"] = terms.content_of(_stacked_squared_error(levels) if error is None else error, weights)
         if statistics is not None and "style" in wanted:
             values["style"] = terms.style_of(statistics, weights, self.style_delta)
         if statistics is not None and "correlation" in wanted:
             values["correlation"] = terms.correlation_of(statistics, weights)
-        if "texture" in wanted:
-            values["texture"] = terms.texture_of(_stacked(texture_error, levels), weights)
-        if "grid" in wanted:
-            values["grid"] = terms.content_of(_stacked(terms.grid_error, levels), weights)
+        if local is not None and "texture" in wanted:
+            values["texture"] = terms.texture_of(local.texture, weights)
+        if local is not None and "grid" in wanted:
+            values["grid"] = terms.grid_of(local.phases, weights)
         if "patch_nce" in wanted:
             values["patch_nce"] = torch.stack(
                 [self._patch_nce(level.by_statistics, *level.gt, seed) for level in levels]
@@ -444,9 +446,9 @@ def _load(inn: str | Path | HighFrequencyINN) -> Frozen[HighFrequencyINN]:
     return Frozen(inn if isinstance(inn, HighFrequencyINN) else HighFrequencyINN.from_pretrained(inn))
 
 
-def _stacked(error: Callable[[Tensor, Tensor], Tensor], levels: list[LevelPair]) -> Tensor:
-    """Errors (L, B, C), place by place, of all levels."""
-    return torch.stack([error(level.by_place, level.gt.features) for level in levels])
+def _stacked_squared_error(levels: list[LevelPair]) -> Tensor:
+    """Squared errors (L, B, C), place by place, of all levels."""
+    return torch.stack([terms.squared_error(level.by_place, level.gt.features) for level in levels])
 
 
 def _shifted(image: Tensor, shift: _random.Shift | None) -> Tensor:

@@ -25,9 +25,9 @@ from torch import Tensor
 from . import _checks, ops
 from ._random import integers
 from .ops import SecondOrderStatistics, second_order_statistics
+from .ops.local import local_errors
 from .ops.nce import Modulation
 from .ops.statistics import Precision, compute_dtype
-from .ops.texture import texture_error
 
 Reduction = Literal["mean", "sum", "none"]
 BINS = 64
@@ -133,7 +133,9 @@ def style_of(statistics: SecondOrderStatistics, channel_weights: Tensor | None, 
     if channel_weights is not None:
         difference = difference * channel_weights[..., :, None] * channel_weights[..., None, :]
     error = difference.square().mean((-2, -1))
-    return error / (0.5 + (0.25 + error * (0.25 / delta**2)).sqrt())
+    if math.isinf(delta):
+        return error
+    return error / ((error + delta**2).sqrt() + delta) * (2 * delta)
 
 
 @_term
@@ -197,7 +199,8 @@ def texture(
     """
     window = _checks.integer("window", window, least=1)
     eps = _checks.number("eps", eps, above=True)
-    return reduce(texture_of(texture_error(sr_level, gt_level, window, eps), channel_weights), reduction)
+    errors = local_errors(sr_level, gt_level, window, eps, squared_error=False)
+    return reduce(texture_of(errors.texture, channel_weights), reduction)
 
 
 def texture_of(error: Tensor, channel_weights: Tensor | None) -> Tensor:
@@ -224,25 +227,20 @@ def grid(
     cancel in the mean, and one that repeats every two locations, or at every one, is left whole. Such a pattern, of the
     pixel shuffle or transposed convolution at a model's end, is the cheapest detail that there is: other terms ask for
     detail, and this one holds back that kind. An odd last row or column is left out; a level of one row or column has
-    fewer phases.
+    fewer phases, and m is 0 in the others.
 
     Reference: ours.
     """
-    return reduce(content_of(grid_error(sr_level, gt_level), channel_weights), reduction)
+    errors = local_errors(sr_level, gt_level, squared_error=False)
+    return reduce(grid_of(errors.phases, channel_weights), reduction)
 
 
-def grid_error(sr_level: Tensor, gt_level: Tensor) -> Tensor:
-    """Mean over the phases of a 2 x 2 grid of the squared mean difference of every channel, (B, C).
-
-    >>> grid_error(torch.ones(1, 2, 8, 8), torch.zeros(1, 2, 8, 8))
-    tensor([[1., 1.]])
-    """
-    difference = _difference(sr_level, gt_level)
-    height, width = difference.shape[2:]
-    rows, columns = min(2, height), min(2, width)
-    whole = difference[:, :, : height - height % rows, : width - width % columns]  # every phase as often
-    phases = whole.unflatten(3, (-1, columns)).unflatten(2, (-1, rows)).mean((2, 4))
-    return phases.square().mean((2, 3))
+def grid_of(phases: Tensor, channel_weights: Tensor | None) -> Tensor:
+    """Mean over channels and phases of w^2 times the squares of the phases' values."""
+    squares = phases.square()
+    if channel_weights is not None:
+        squares = squares * channel_weights.square()[..., None]
+    return squares.mean((-2, -1))
 
 
 @_term

@@ -28,14 +28,14 @@ from .couplings import (
 from .couplings import operator as coupling_operator
 from .linear import linear_level_formula, transpose_formula, transpose_operator
 from .linear import operator as linear_operator
+from .local import backward_formula as local_backward_formula
+from .local import backward_operator as local_backward_operator
+from .local import local_formula
+from .local import operator as local_operator
 from .nce import operator as patch_nce_operator
 from .nce import patch_nce, patch_nce_formula
 from .statistics import backward_formula, backward_operator, second_order_statistics, statistics_formula
 from .statistics import operator as statistics_operator
-from .texture import backward_formula as texture_backward_formula
-from .texture import backward_operator as texture_backward_operator
-from .texture import operator as texture_operator
-from .texture import texture_formula
 
 LEAST_CAPABILITY = (8, 0)  # tensor cores with tf32, asynchronous copies
 MISTAKES = (TypeError, AttributeError, NameError, ValueError, ZeroDivisionError)  # of Python code, not of a device
@@ -145,20 +145,20 @@ class _Kernels:
     def __init__(self) -> None:
         from .couplings_triton import coupling_triton, kept_backward_triton, kept_triton
         from .linear_triton import linear_level_triton, transpose_triton
+        from .local_triton import local_backward_triton, local_triton
         from .nce_triton import patch_nce_triton
         from .statistics_triton import backward_triton, statistics_triton
-        from .texture_triton import texture_backward_triton, texture_triton
 
         self.coupling = coupling_triton
         self.coupling_kept = kept_triton
         self.coupling_kept_backward = kept_backward_triton
         self.linear_level = linear_level_triton
         self.linear_level_transpose = transpose_triton
+        self.local_errors = local_triton
+        self.local_errors_backward = local_backward_triton
         self.patch_nce = patch_nce_triton
         self.second_order_statistics = statistics_triton
         self.second_order_statistics_backward = backward_triton
-        self.texture = texture_triton
-        self.texture_backward = texture_backward_triton
 
 
 _kernels = cache(_Kernels)
@@ -167,8 +167,8 @@ _kernels = cache(_Kernels)
 OPERATORS = (
     ("second_order_statistics", statistics_operator, statistics_formula),
     ("second_order_statistics_backward", backward_operator, backward_formula),
-    ("texture", texture_operator, texture_formula),
-    ("texture_backward", texture_backward_operator, texture_backward_formula),
+    ("local_errors", local_operator, local_formula),
+    ("local_errors_backward", local_backward_operator, local_backward_formula),
     ("patch_nce", patch_nce_operator, patch_nce_formula),
     ("coupling", coupling_operator, coupling_formula),
     ("coupling_kept", kept_operator, kept_formula),

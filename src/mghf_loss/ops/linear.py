@@ -38,15 +38,17 @@ def linear_level_formula(x: Tensor, matrices: Sequence[Tensor], scales: Sequence
         return details, top + bottom
 
 
-def transpose_formula(details: Tensor, low: Tensor, matrices: Sequence[Tensor], scales: Sequence[Tensor]) -> Tensor:
-    """Gradient (B, 3, 2h, 2w) of x from those of the details and the low-pass."""
+def transpose_formula(
+    details: Tensor, low: Tensor | None, matrices: Sequence[Tensor], scales: Sequence[Tensor]
+) -> Tensor:
+    """Gradient (B, 3, 2h, 2w) of x from those of the details and of the low-pass, which the last level has not."""
     with torch.autocast(details.device.type, enabled=False):
         for matrix, scale in zip(reversed(matrices), reversed(scales), strict=True):
             n1 = scale.shape[1]
             scaled = torch.cat((details[:, :n1] * scale, details[:, n1:]), 1)
             details = convolution(scaled, matrix.T[:, :, None, None])
         vertical, horizontal, diagonal = (0.5 * details).unflatten(1, (-1, 3)).unbind(2)
-        low = 0.5 * low
+        low = torch.zeros_like(vertical) if low is None else 0.5 * low
         batch, channels, height, width = low.shape
         x = details.new_empty((batch, channels, 2 * height, 2 * width))
         for row, sign in enumerate((1, -1)):
@@ -68,22 +70,27 @@ def _(x: Tensor, matrices: Sequence[Tensor], scales: Sequence[Tensor]) -> tuple[
 
 
 @transpose_operator.register_fake
-def _(details: Tensor, low: Tensor, matrices: Sequence[Tensor], scales: Sequence[Tensor]) -> Tensor:
-    batch, channels, height, width = low.shape
-    return low.new_empty((batch, channels, 2 * height, 2 * width))
+def _(details: Tensor, low: Tensor | None, matrices: Sequence[Tensor], scales: Sequence[Tensor]) -> Tensor:
+    batch, channels, height, width = details.shape
+    return details.new_empty((batch, channels // 3, 2 * height, 2 * width))
 
 
 def _keep(ctx: Any, inputs: Any, output: Any) -> None:
     _, matrices, scales = inputs
     ctx.couplings = len(matrices)
+    ctx.set_materialize_grads(False)  # no zeros for the last low-pass
     ctx.save_for_backward(*matrices, *scales)
 
 
-def _backward(ctx: Any, details: Tensor, low: Tensor) -> tuple[Any, ...]:
-    saved = ctx.saved_tensors
-    matrices, scales = saved[: ctx.couplings], saved[ctx.couplings :]
-    nothing = [None] * ctx.couplings
-    return first_derivative(transpose_operator, details, low, list(matrices), list(scales)), nothing, nothing
+def _backward(ctx: Any, details: Tensor | None, low: Tensor | None) -> tuple[Any, ...]:
+    saved, gradient = ctx.saved_tensors, None
+    matrices, scales = list(saved[: ctx.couplings]), list(saved[ctx.couplings :])
+    if details is None and low is not None:  # of a level whose features nobody used
+        batch, channels, *size = low.shape
+        details = low.new_zeros((batch, 3 * channels, *size))
+    if details is not None:
+        gradient = first_derivative(transpose_operator, details, low, matrices, scales)
+    return gradient, [None] * ctx.couplings, [None] * ctx.couplings
 
 
 operator.register_autograd(_backward, setup_context=_keep)

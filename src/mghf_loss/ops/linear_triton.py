@@ -32,22 +32,25 @@ def linear_level_triton(x: Tensor, matrices: Sequence[Tensor], scales: Sequence[
     return details, low
 
 
-def transpose_triton(details: Tensor, low: Tensor, matrices: Sequence[Tensor], scales: Sequence[Tensor]) -> Tensor:
+def transpose_triton(
+    details: Tensor, low: Tensor | None, matrices: Sequence[Tensor], scales: Sequence[Tensor]
+) -> Tensor:
     """As `transpose_formula`, by a kernel."""
-    batch, _, height, width = low.shape
-    x = low.new_empty((batch, 3, 2 * height, 2 * width))
-    _launch(_transpose_kernel, x, details.contiguous(), low.contiguous(), matrices, scales)
+    batch, _, height, width = details.shape
+    x = details.new_empty((batch, 3, 2 * height, 2 * width))
+    low_pass = x if low is None else low.contiguous()
+    _launch(_transpose_kernel, x, details.contiguous(), low_pass, matrices, scales, LOW=low is not None)
     return x
 
 
 def _launch(
-    kernel, x: Tensor, details: Tensor, low: Tensor, matrices: Sequence[Tensor], scales: Sequence[Tensor]
+    kernel, x: Tensor, details: Tensor, low: Tensor, matrices: Sequence[Tensor], scales: Sequence[Tensor], **more: bool
 ) -> None:
     if details.shape[1] != 9 or len(matrices) > MOST_COUPLINGS:
         raise NotImplementedError(
             f"{details.shape[1]} details and {len(matrices)} couplings, the kernel takes 9 and up to {MOST_COUPLINGS}"
         )
-    batch, _, height, width = low.shape
+    batch, _, height, width = details.shape
     unused = [x] * (MOST_COUPLINGS - len(matrices))
     contiguous = [tensor.contiguous() for tensor in (*matrices, *scales)]
     matrix_pointers, scale_pointers = contiguous[: len(matrices)] + unused, contiguous[len(matrices) :] + unused
@@ -63,6 +66,7 @@ def _launch(
         N1=scales[0].shape[1] if scales else 0,
         R=ROWS,
         P=PLACES,
+        **more,
         **OPTIONS,
     )
 
@@ -150,7 +154,7 @@ def _forward_kernel(
 def _transpose_kernel(
     x_ptr, details_ptr, low_ptr, m0_ptr, m1_ptr, m2_ptr, m3_ptr, s0_ptr, s1_ptr, s2_ptr, s3_ptr,
     height, width,
-    COUPLINGS: tl.constexpr, N1: tl.constexpr, R: tl.constexpr, P: tl.constexpr,
+    COUPLINGS: tl.constexpr, N1: tl.constexpr, R: tl.constexpr, P: tl.constexpr, LOW: tl.constexpr,
 ):  # fmt: skip
     # Grid (tiles of locations, batch).
     image = tl.program_id(1).to(tl.int64)
@@ -168,8 +172,9 @@ def _transpose_kernel(
         d = _step_back(d, m1_ptr, s1_ptr + offset, plane, places, N1, R, P)
     if COUPLINGS > 0:
         d = _step_back(d, m0_ptr, s0_ptr + offset, plane, places, N1, R, P)
-    low = low_ptr + (image * 3 + row - 9) * plane + places[None, :]
-    d += tl.load(low, mask=(row >= 9) & (row < 12) & inside, other=0.0)
+    if LOW:
+        low = low_ptr + (image * 3 + row - 9) * plane + places[None, :]
+        d += tl.load(low, mask=(row >= 9) & (row < 12) & inside, other=0.0)
     haar = _haar(R)
     x = _multiply(haar, haar * 0.0, d, tl.zeros((R, P), tl.float32), True)
     tl.store(x_ptr + image * 12 * plane + _pixels(places, width, plane, R), x, mask=(row < 12) & inside)
