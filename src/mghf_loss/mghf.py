@@ -188,9 +188,15 @@ class FeatureCriterion(Criterion):
             features, scales = self.inn.network.features(gt), None
         else:
             features, scales = self.inn.network.conditioning(gt)
-        weigh = self.weighting == "entropy"
-        levels = [GTLevel(f, terms.entropy_channel_weights(f, self.prune) if weigh else None) for f in features]
-        return GTPyramid(levels, scales)
+        weights = self._channel_weights(features) if self.weighting == "entropy" else [None] * len(features)
+        return GTPyramid([GTLevel(*level) for level in zip(features, weights, strict=True)], scales)
+
+    def _channel_weights(self, features: list[Tensor]) -> list[Tensor]:
+        """Weights (B, C) of every level; those of a pyramid, whose levels have equal numbers of channels, at once."""
+        entropies = [terms.channel_entropy(level) for level in features]
+        if len({entropy.shape[1] for entropy in entropies}) == 1:
+            return list(terms.entropy_weights_of(torch.stack(entropies), self.prune).unbind(0))
+        return [terms.entropy_weights_of(entropy, self.prune) for entropy in entropies]
 
     def _difference(self, sr: Tensor, gt: Tensor) -> Tensor:
         """sr - gt in the units of [-1, 1]."""

@@ -329,7 +329,7 @@ def channel_entropy(features: Tensor) -> Tensor:
     # NaN has no bin; the other terms report it, an index out of range would take the device down.
     bins = ((values + LIMIT) * (BINS / (2 * LIMIT))).nan_to_num().clamp(0, BINS - 1).long()
     counts = torch.zeros(batch, channels, BINS, device=values.device, dtype=values.dtype)
-    p = counts.scatter_add(2, bins, torch.ones_like(values)) / values.shape[2]
+    p = counts.scatter_add(2, bins, values.new_ones(()).expand_as(values)) / values.shape[2]
     return -torch.special.xlogy(p, p).sum(2)
 
 
@@ -351,12 +351,18 @@ def entropy_channel_weights(gt_level: Tensor, prune: float = 0.25) -> Tensor:
     weights, their least value and the default of a quarter are our choice.
     """
     _checks.number("prune", prune, below=1)
-    entropy = channel_entropy(gt_level)
-    channels = entropy.shape[1]
-    dropped = entropy.argsort(dim=1, stable=True)[:, : int(prune * channels)]
+    return entropy_weights_of(channel_entropy(gt_level), prune)
+
+
+def entropy_weights_of(entropy: Tensor, prune: float) -> Tensor:
+    """Weights of channels, (..., C), from their entropies."""
     # The constant decides only where all entropies are 0.
-    weights = entropy.maximum(LEAST_SHARE * entropy.mean(1, keepdim=True) + 1e-6).scatter(1, dropped, 0.0)
-    return weights / weights.mean(1, keepdim=True)
+    weights = entropy.maximum(LEAST_SHARE * entropy.mean(-1, keepdim=True) + 1e-6)
+    count = int(prune * entropy.shape[-1])
+    if count:
+        dropped = entropy.argsort(dim=-1, stable=True)[..., :count]
+        weights = weights.scatter(-1, dropped, 0.0)
+    return weights / weights.mean(-1, keepdim=True)
 
 
 def random_locations(seed: Tensor, count: int, patches: int | None) -> Tensor | None:
