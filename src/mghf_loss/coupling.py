@@ -194,8 +194,8 @@ class _FrozenCoupling(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, low: Tensor, clamp: float, matrix: Tensor, *blocks: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        z, (scale, z1, hidden) = couple(x, low, matrix, blocks[:6], blocks[6:], clamp, _is_positive)
-        return z, scale, z1, *hidden
+        z, (scale, z1, hidden) = couple(x, low, matrix, blocks[:6], blocks[6:], clamp, keep=_is_positive)
+        return z, scale, z1.contiguous(), *hidden  # the view would keep all details
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:

@@ -51,7 +51,7 @@ def couple(
     clamp: float,
     keep: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Kept]:
-    """z (B, C, h, w), and what its gradient needs, in the dtype of `x`; `keep` makes it of the hidden maps."""
+    """z (B, C, h, w) and, for its gradient, what `keep` makes of each hidden map; in the dtype of `x`."""
     channels, hidden = x.shape[1], []
     n1 = channels - channels // 2
 
@@ -65,7 +65,7 @@ def couple(
         z2 = z2 + block(z1, phi)
         rho, eta = block(z2, rho_eta).chunk(2, dim=1)
         scale = torch.exp(clamp * torch.tanh(rho / clamp))
-        return torch.cat((z1 * scale + eta, z2), dim=1), Kept(scale, z1.contiguous(), hidden)
+        return torch.cat((z1 * scale + eta, z2), dim=1), Kept(scale, z1, hidden)
 
 
 def couple_backward(
@@ -108,9 +108,9 @@ def kept_formula(
     precision: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """z, s, z1 before the scaling, and the signs of the four hidden maps, (B, 4, h, w) int32, a bit a channel."""
-    z, (scale, z1, signs) = couple(x, low, matrix, phi, rho_eta, clamp, _packed)
+    z, (scale, z1, signs) = couple(x, low, matrix, phi, rho_eta, clamp, keep=_packed)
     signs[::2] = [padded[:, 1:-1, 1:-1] for padded in signs[::2]]
-    return z, scale, z1, torch.stack(signs, 1)
+    return z, scale, z1.contiguous(), torch.stack(signs, 1)
 
 
 def kept_backward_formula(
