@@ -254,8 +254,9 @@ def test_a_term_with_coefficient_zero_is_not_computed(inn, monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("computed")
 
-    for name in ("content_of", "style_of", "texture_of", "grid_of", "patch_nce"):
-        monkeypatch.setattr(f"mghf_loss.terms.{name}", refuse)
+    computed = "terms.content_of", "terms.style_of", "terms.patch_nce", "mghf.stacked_local_errors"
+    for name in (*computed, "mghf._stacked_squared_error"):
+        monkeypatch.setattr(f"mghf_loss.{name}", refuse)
     criterion = MGHFLoss(**OPTIONS["only correlation"], inn=inn)
     assert list(criterion(*random_pair(), return_terms=True)[1]) == ["correlation"]
 

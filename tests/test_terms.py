@@ -40,6 +40,7 @@ def test_a_bounded_style_grows_with_the_second_power_of_large_features():
     assert terms.style(1.001 * gt, gt, delta=1.0).item() == pytest.approx(small.item(), rel=1e-5)
     assert terms.style(100 * gt, gt, delta=1.0).item() == pytest.approx(2 * large.sqrt().item(), rel=1e-2)
     assert terms.style(gt, gt, delta=1.0) == 0
+    assert terms.style(100 * gt, gt, delta=1e30) == terms.style(100 * gt, gt)
     with pytest.raises(ValueError, match="delta must be a number of at least 1e-06, got 0"):
         terms.style(gt, gt, delta=0)
 

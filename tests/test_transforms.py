@@ -61,6 +61,22 @@ def test_forward_mode_is_the_directional_derivative(criterion):
     torch.testing.assert_close(jvp(lambda sr: criterion(sr, gt), (sr,), (direction,))[1], tangent)
 
 
+@pytest.mark.parametrize("level", [0, 1])
+def test_jacobians_of_one_level_of_the_network_agree(level):
+    """The others get no gradient."""
+    network = perturbed_inn(levels=2).requires_grad_(False)
+    sr, gt, _ = images(1)
+    scales = network.conditioning(gt).scales
+    for function in (
+        lambda image: network.features(image)[level].sum((0, 2, 3)),
+        lambda image: network.difference(image - gt, scales)[level].sum((0, 2, 3)),
+    ):
+        image = sr.clone().requires_grad_()
+        rows = torch.stack([torch.autograd.grad(value, image, retain_graph=True)[0] for value in function(image)])
+        torch.testing.assert_close(jacrev(function)(sr), rows)
+        torch.testing.assert_close(torch.autograd.functional.jacobian(function, sr, vectorize=True), rows)
+
+
 def test_func_grad_is_the_gradient(criterion):
     skip_checkpoints(criterion)
     sr, gt, _ = images()

@@ -333,12 +333,13 @@ def main() -> None:
     for precision in ("fast", "high"):
         coupling_case("7 hidden channels", (5, 6), precision, hidden=7)
         coupling_case("48 hidden channels", (5, 6), precision, hidden=48)
-    for size, window in product(((8, 16), (13, 11), (1, 3)), (1, 4, 5)):
+    for size, window in product(((8, 16), (13, 11), (1, 3), (5, 1), (1, 1)), (1, 4, 5)):
         local_case(f"{size}, window {window}", (2, 3, *size), window)
     local_case("several programs", (1, 2, 50, 150), 4)
     local_case("one window", (1, 2, 3, 1100), 2000)
     local_case("channels_last", (2, 3, 9, 8), 4, channels_last=True)
     local_case("bf16", (2, 3, 9, 8), 4, dtype=torch.bfloat16)
+    local_case("fp16", (2, 3, 5, 2), 2, dtype=torch.float16)
     local_case("no squared error", (2, 3, 9, 8), 4, squared_error=False)
     for size, count in product(((5, 7), (8, 9), (11, 13)), (0, 2, 4)):
         linear_case(f"{size}, {count} couplings", size, count)

@@ -17,10 +17,12 @@ from .ops.couplings import (
     MAX_HIDDEN_WITH_GRADIENT,
     Kept,
     bottleneck,
+    bottleneck_backward,
     couple,
     couple_backward,
     coupling,
     pad,
+    pad_mode,
 )
 
 
@@ -50,7 +52,50 @@ class Bottleneck(nn.Sequential):
         if self.training and self.training_dtype is not None:
             with torch.autocast(input.device.type, self.training_dtype):
                 return super().forward(pad(input)).to(input.dtype)
-        return bottleneck(pad(input), *self.parameters())[0]
+        parameters = tuple(self.parameters())
+        # A trace holds no functions of Python.
+        if _is_frozen(input, parameters) and not torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
+            return _FrozenBottleneck.apply(input, *parameters)[0]  # type: ignore[index]
+        return bottleneck(pad(input), *parameters)[0]
+
+
+def _is_frozen(input: Tensor, parameters: Iterable[Tensor]) -> bool:
+    """Whether a gradient goes to the input and to no parameter."""
+    return input.requires_grad and not any(parameter.requires_grad for parameter in parameters)
+
+
+def _is_positive(hidden: Tensor) -> Tensor:
+    """After ReLU, as 1 and 0: bool() is several times as fast as > 0, and a CPU vectorises products with uint8."""
+    return hidden.bool().view(torch.uint8)
+
+
+class _FrozenBottleneck(torch.autograd.Function):
+    """`Bottleneck` with constant parameters: the backward pass needs the signs of the hidden maps only.
+
+    Autograd would keep the maps themselves, as inputs of convolutions whose weights need no gradient: four times
+    the memory, and most of what a loss keeps.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, *parameters: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        output, first, second = bottleneck(pad(x), *parameters)
+        return output, _is_positive(first), _is_positive(second)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.set_materialize_grads(False)  # no zeros for the signs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.pad_mode = pad_mode(inputs[0])
+        ctx.save_for_backward(*output[1:], *inputs[1::2])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        with torch.autocast(gradients[0].device.type, enabled=False):  # the caller's, where backward() is inside
+            gradient = bottleneck_backward(gradients[0], *ctx.saved_tensors, mode=ctx.pad_mode)
+        return gradient, *[None] * 6
 
 
 class ChannelMixing(InvertibleModule):
@@ -163,9 +208,11 @@ class AffineCoupling(InvertibleModule):
 def frozen_coupling(
     mixing: ChannelMixing, affine: AffineCoupling, x: Tensor, low: Tensor
 ) -> tuple[Tensor, Tensor] | None:
-    """What becomes of the details x, and the scale s, with constant parameters; None in training."""
+    """What becomes of the details x, and the scale s, a constant, with constant parameters; None in training."""
     matrix, phi, rho_eta = mixing.matrix, list(affine.phi.parameters()), list(affine.rho_eta.parameters())
     if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in (matrix, *phi, *rho_eta)):
+        return None
+    if affine.training and affine.phi.training_dtype is not None:
         return None
     differentiated = torch.is_grad_enabled() and (x.requires_grad or low.requires_grad)
     most = MAX_HIDDEN_WITH_GRADIENT if differentiated else MAX_HIDDEN
@@ -175,27 +222,19 @@ def frozen_coupling(
     if differentiated and not torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
         return _FrozenCoupling.apply(x, low, affine.clamp, matrix, *phi, *rho_eta)[:2]  # type: ignore[index]
     z, kept = couple(x, low, matrix, phi, rho_eta, affine.clamp)
-    return z, kept.scale
-
-
-def _is_positive(hidden: Tensor) -> Tensor:
-    """After ReLU, as 1 and 0: bool() is several times as fast as > 0, and a CPU vectorises products with uint8."""
-    return hidden.bool().view(torch.uint8)
+    return z, kept.scale.detach()
 
 
 class _FrozenCoupling(torch.autograd.Function):
-    """`couple` with constant parameters: the backward pass needs the signs of the hidden maps only.
-
-    Autograd would keep the maps themselves, as inputs of convolutions whose weights need no gradient: four times
-    the memory, and most of what a loss keeps.
-    """
+    """`couple` with constant parameters: what `_FrozenBottleneck` is for a block, with less for autograd to follow."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Tensor, low: Tensor, clamp: float, matrix: Tensor, *blocks: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         z, (scale, z1, hidden) = couple(x, low, matrix, blocks[:6], blocks[6:], clamp, keep=_is_positive)
-        return z, scale, z1.contiguous(), *hidden  # the view would keep all details
+        # Not a view, which would keep all details.
+        return z, scale, z1.clone(memory_format=torch.contiguous_format), *hidden
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:

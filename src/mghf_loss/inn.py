@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -80,7 +80,8 @@ class Conditioning(NamedTuple):
 
     Attributes:
         features: detail features of GT by level, (B, C_l, h_l, w_l).
-        scales: by level and coupling, the scale s of the first n1 channels, (B, n1, h_l, w_l).
+        scales: by level and coupling, the scale s of the first n1 channels, (B, n1, h_l, w_l); constants, without
+            gradient, where the network is frozen.
     """
 
     features: list[Tensor]
@@ -131,16 +132,17 @@ class Level(nn.Module):
         return details, low, 0.0
 
     def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        if self._is_linear(x):
+        if self._takes_linear_level(x):
             return linear_level(x)
         # FrEIA's module, which on CUDA may run in tf32, as one convolution.
         bands = convolution(x, self.haar.haar_weights, stride=2, groups=x.shape[1]) * self.haar.fac_fwd
         bands = bands.unflatten(1, (-1, 4))
         return torch.cat((bands[:, 3:, 0], bands[:, :, 1:].flatten(1, 2)), dim=1), bands[:, :3, 0]
 
-    def _is_linear(self, x: Tensor) -> bool:
-        """Whether `linear_level` maps differences: of images, with constant mixings."""
-        return x.shape[1] == 3 and not any(mixing.matrix.requires_grad for mixing, _ in self._pairs())
+    def _takes_linear_level(self, x: Tensor, constants: Iterable[Tensor] = ()) -> bool:
+        """Whether `linear_level` maps `x`: three channels, and mixings and scales that are constant."""
+        matrices = [mixing.matrix for mixing, _ in self._pairs()]
+        return x.shape[1] == 3 and not any(constant.requires_grad for constant in (*matrices, *constants))
 
     def _first_step(self, x: Tensor) -> tuple[Tensor, Tensor]:
         details, low = self._split(x)
@@ -173,7 +175,7 @@ class Level(nn.Module):
 
     def linear(self, x: Tensor, scales: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Map a difference of two inputs to that of their details and low-pass, with given scales and no shifts."""
-        if self._is_linear(x):
+        if self._takes_linear_level(x, scales):
             return linear_level(x, [mixing.matrix for mixing, _ in self._pairs()], scales)
         details, low = self._split(x)
         for (mixing, coupling), scale in zip(self._pairs(), scales, strict=True):

@@ -33,6 +33,7 @@ Reduction = Literal["mean", "sum", "none"]
 BINS = 64
 LEAST_SHARE = 0.25  # of the mean entropy; on photographs nearly all channels have more
 LEAST_DELTA = 1e-6  # far below any difference of Gram matrices
+BOUNDLESS = 1e9  # far above; its square fits into float32
 LIMIT = 4.0  # whitened features: four standard deviations; rarer values fall in the end bins
 Term = TypeVar("Term", bound=Callable[..., Tensor])
 
@@ -133,7 +134,7 @@ def style_of(statistics: SecondOrderStatistics, channel_weights: Tensor | None, 
     if channel_weights is not None:
         difference = difference * channel_weights[..., :, None] * channel_weights[..., None, :]
     error = difference.square().mean((-2, -1))
-    if math.isinf(delta):
+    if delta > BOUNDLESS:
         return error
     return error / ((error + delta**2).sqrt() + delta) * (2 * delta)
 

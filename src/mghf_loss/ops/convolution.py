@@ -53,7 +53,9 @@ def _convolve(
 
 def channels_last(x: Tensor) -> Tensor:
     """Lay out `x` for a block of convolutions on a CPU: a depthwise one takes half the time then. vmap cannot."""
-    if uses_cudnn(x) or torch._C._are_functorch_transforms_active():
+    legacy = torch._C._functorch.is_legacy_batchedtensor(x)  # pyright: ignore[reportAttributeAccessIssue]
+    in_vmap = legacy or torch._C._are_functorch_transforms_active()
+    if x.device.type != "cpu" or uses_cudnn(x) or in_vmap:
         return x
     return x.contiguous(memory_format=torch.channels_last)
 

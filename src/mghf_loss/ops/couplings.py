@@ -33,8 +33,8 @@ class Kept(NamedTuple):
     Attributes:
         scale: s, (B, n1, h, w).
         z1: before the scaling, (B, n1, h, w).
-        hidden: where the four hidden maps are positive, as 1 and 0: two of phi and two of rho_eta, (B, hidden, h, w),
-            the first of each padded by one location.
+        hidden: where the four hidden maps are positive, two of phi and two of rho_eta, the first of each padded by one
+            location: (B, hidden, h, w) as 1 and 0, or what `couple` was told to keep.
     """
 
     scale: Tensor
@@ -110,7 +110,7 @@ def kept_formula(
     """z, s, z1 before the scaling, and the signs of the four hidden maps, (B, 4, h, w) int32, a bit a channel."""
     z, (scale, z1, signs) = couple(x, low, matrix, phi, rho_eta, clamp, keep=_packed)
     signs[::2] = [padded[:, 1:-1, 1:-1] for padded in signs[::2]]
-    return z, scale, z1.contiguous(), torch.stack(signs, 1)
+    return z, scale, z1.clone(memory_format=torch.contiguous_format), torch.stack(signs, 1)
 
 
 def kept_backward_formula(
@@ -125,9 +125,13 @@ def kept_backward_formula(
     precision: str,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of x and of the low-pass band from that of z."""
-    hidden = [_unpacked(signs[:, k], len(phi[0])).to(gradient.dtype) for k in range(4)]
-    hidden[::2] = [pad(positive) for positive in hidden[::2]]
-    return couple_backward(gradient, Kept(scale, z1, hidden), matrix, phi, rho_eta, clamp)
+
+    def hidden(k: int) -> Tensor:
+        positive = _unpacked(signs[:, k], len(phi[0])).to(gradient.dtype)
+        return (positive if k % 2 else pad(positive)).to(torch.uint8)
+
+    kept = Kept(scale, z1, [hidden(k) for k in range(4)])
+    return couple_backward(gradient, kept, matrix, phi, rho_eta, clamp)
 
 
 def _packed(hidden: Tensor) -> Tensor:
@@ -255,7 +259,8 @@ def unpad(gradient: Tensor, mode: str) -> Tensor:
 def bottleneck(x: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """A bottleneck block's output from its padded input, and its hidden maps."""
     w1, b1, w2, b2, w3, b3 = parameters
-    first = convolution(channels_last(x), w1, b1).relu_()
+    # Gradients of weights would have strides that DDP copies.
+    first = convolution(x if w1.requires_grad else channels_last(x), w1, b1).relu_()
     second = convolution(first, w2, b2, groups=w2.shape[0]).relu_()
     return convolution(second, w3, b3).contiguous(), first, second
 

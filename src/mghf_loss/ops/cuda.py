@@ -94,7 +94,8 @@ def with_fallback(name: str, kernel: str, formula: Callable[..., Any]) -> Callab
 
     def run(sr: Tensor, gt: Any, *arguments: Any) -> Any:
         second = gt.dtype if isinstance(gt, Tensor) else sr.dtype
-        if torch.float64 in (sr.dtype, second) or sr.numel() == 0 or len(sr) > MAX_BATCH:
+        dtypes = [given.dtype for given in (sr, gt, *arguments) if isinstance(given, Tensor)]
+        if torch.float64 in dtypes or sr.numel() == 0 or len(sr) > MAX_BATCH:
             return formula(sr, gt, *arguments)
         precision = arguments[-1] if isinstance(arguments[-1], str) else ""
         key = (name, sr.device, sr.shape[1], sr.dtype, second, precision)

@@ -47,15 +47,15 @@ def transpose_formula(
             n1 = scale.shape[1]
             scaled = torch.cat((details[:, :n1] * scale, details[:, n1:]), 1)
             details = convolution(scaled, matrix.T[:, :, None, None])
-        vertical, horizontal, diagonal = (0.5 * details).unflatten(1, (-1, 3)).unbind(2)
-        low = torch.zeros_like(vertical) if low is None else 0.5 * low
-        batch, channels, height, width = low.shape
-        x = details.new_empty((batch, channels, 2 * height, 2 * width))
-        for row, sign in enumerate((1, -1)):
+        batch, channels, height, width = details.shape
+        bands = (0.5 * details).reshape(batch, channels // 3, 3, height, width)
+        vertical, horizontal, diagonal = bands.unbind(2)
+        low, rows = torch.zeros_like(vertical) if low is None else 0.5 * low, []
+        for sign in (1, -1):
             mean = torch.add(low, horizontal, alpha=sign)
             difference = torch.add(vertical, diagonal, alpha=sign)
-            x[:, :, row::2, ::2], x[:, :, row::2, 1::2] = mean + difference, mean - difference
-        return x
+            rows.append(torch.stack((mean + difference, mean - difference), -1))
+        return torch.stack(rows, 3).reshape(batch, channels // 3, 2 * height, 2 * width)
 
 
 operator = torch.library.custom_op("mghf_loss::linear_level", linear_level_formula, mutates_args=())
@@ -97,7 +97,7 @@ operator.register_autograd(_backward, setup_context=_keep)
 
 
 def linear_level(x: Tensor, matrices: Sequence[Tensor] = (), scales: Sequence[Tensor] = ()) -> tuple[Tensor, Tensor]:
-    """Map x (B, 3, 2h, 2w) to details (B, 9, h, w) and low-pass (B, 3, h, w), in float32 on every device.
+    """Map x (B, 3, 2h, 2w) to details (B, 9, h, w) and low-pass (B, 3, h, w), without tf32 on CUDA.
 
     Gradient flows to `x` only.
 
