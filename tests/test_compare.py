@@ -19,7 +19,7 @@ from mghf_loss import MGHFLoss, cli, compare
 from mghf_loss._files import read_image
 from mghf_loss.metric import distance, heatmap
 
-COLUMNS = ["psnr", "ssim", "content", "style", "correlation", "texture", "total"]
+COLUMNS = ["psnr", "ssim", "content", "style", "correlation", "texture", "grid", "total"]
 
 
 def save_pair(folder: Path, name: str, top: int = 100, size: int = 48) -> tuple[Path, Path]:
@@ -78,10 +78,10 @@ def test_all_distances_of_equal_files_are_0(tmp_path, capsys):
     printed = table(capsys.readouterr().out)
     assert printed["PSNR"][0] == "inf"
     assert printed["SSIM"][0] == "1"
-    assert [printed[name][0] for name in COLUMNS[2:]] == ["0"] * 5
+    assert [printed[name][0] for name in COLUMNS[2:]] == ["0"] * 6
     values = json.loads((tmp_path / "a.json").read_text())["images"][0]["sr"]
     assert values["psnr"] is None  # JSON knows no infinity
-    assert [values[name] for name in COLUMNS[2:]] == [0] * 5
+    assert [values[name] for name in COLUMNS[2:]] == [0] * 6
 
 
 def test_folders_are_matched_by_name_and_the_rest_is_named(tmp_path, capsys):
@@ -181,7 +181,7 @@ def test_a_heat_map_shows_images_and_terms_at_their_size_on_one_scale(tmp_path, 
             assert np.abs(panel(0, column) - np.asarray(image)).max() <= 1
     maps = heatmap(MGHFLoss(), read_image(sr_path), read_image(gt_path), tile=512)
     high = np.quantile(maps["total"].numpy(), 0.99)
-    for row, column, name in ((0, 3, "total"), (1, 0, "content"), (1, 2, "correlation")):
+    for row, column, name in ((0, 3, "total"), (0, 4, "content"), (1, 1, "correlation")):
         expected = 255 * colormaps["inferno"]((maps[name][0].numpy() / high).clip(0, 1))[..., :3]
         assert np.abs(panel(row, column) - expected).mean() < 1, name
 

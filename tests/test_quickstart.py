@@ -40,7 +40,7 @@ def test_it_runs_and_says_what_is_committed(tmp_path: Path, monkeypatch: pytest.
     assert len(list(pictures(fresh))) == len(list(pictures(committed))) == 4
     of_the_loss, of_the_committed_loss = (printed(code_cells(notebook)[1]) for notebook in (fresh, committed))
     numbers = [float(number) for number in re.findall(r"[\d.]+(?:e-\d+)?", of_the_loss)]
-    assert len(numbers) == 13
+    assert len(numbers) == 16
     expected = [float(number) for number in re.findall(r"[\d.]+(?:e-\d+)?", of_the_committed_loss)]
     assert numbers == pytest.approx(expected, rel=0.02)  # shares are rounded
     rows = [line.split("  ")[0] for line in printed(code_cells(fresh)[-2]).splitlines()]

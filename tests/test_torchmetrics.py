@@ -26,7 +26,7 @@ def test_every_image_counts_as_much_whatever_the_batches(reduction, inn):
         metric.update(sr, gt)
     per_image = [distance(MGHFLoss(inn=inn, reduction="none"), sr, gt) for sr, gt in batches]
     found = metric.compute()
-    assert list(found) == ["content", "style", "correlation", "texture", "total"]
+    assert list(found) == ["content", "style", "correlation", "texture", "grid", "total"]
     torch.testing.assert_close(found["total"], torch.cat([total for total, _ in per_image]).mean())
     torch.testing.assert_close(found["style"], torch.cat([terms["style"] for _, terms in per_image]).mean())
     metric.reset()

@@ -24,7 +24,7 @@ NOISE = 25 / 255
 # Norm of the gradient of coefficient * term over L1's: the medians over 43 photographs, with the bundled network.
 # `gradient_ratios` measures them.
 RATIOS: dict[Preset, dict[str, float]] = {
-    "balanced": {"content": 3.1, "style": 4.41, "correlation": 25.5, "texture": 3.95, "grid": 0.242},
+    "balanced": {"content": 3.1, "style": 4.41, "correlation": 25.5, "texture": 3.95, "grid": 0.23},
     "sharp": {"content": 2.12, "style": 2.93, "correlation": 3.57, "texture": 1.58, "grid": 0.242},
     "gan": {"content": 1.76, "style": 1.9, "correlation": 3.06, "texture": 1.32, "grid": 0.242},
     "denoise": {"content": 2.79},

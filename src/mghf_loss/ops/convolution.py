@@ -53,11 +53,17 @@ def _convolve(
 
 def channels_last(x: Tensor) -> Tensor:
     """Lay out `x` for a block of convolutions on a CPU: a depthwise one takes half the time then. vmap cannot."""
-    legacy = torch._C._functorch.is_legacy_batchedtensor(x)  # pyright: ignore[reportAttributeAccessIssue]
-    in_vmap = legacy or torch._C._are_functorch_transforms_active()
-    if x.device.type != "cpu" or uses_cudnn(x) or in_vmap:
+    if x.device.type != "cpu" or uses_cudnn(x) or _in_vmap(x):
         return x
     return x.contiguous(memory_format=torch.channels_last)
+
+
+def _in_vmap(x: Tensor) -> bool:
+    if torch._C._are_functorch_transforms_active():
+        return True
+    # The vmap of `torch.autograd.functional` and `is_grads_batched`, which Dynamo does not know.
+    functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+    return not torch.compiler.is_compiling() and functorch.is_legacy_batchedtensor(x)
 
 
 def uses_cudnn(x: Tensor) -> bool:
