@@ -154,7 +154,7 @@ def test_any_logger_gets_each_term_once(example, tmp_path):
     assert [int(row["step"]) for row in train] == [2]
     (val,) = [row for row in rows if row["mghf/val/term/content"]]
     terms = {name.rsplit("/", 1)[1] for name in rows[0] if "/term/" in name}
-    assert terms == {"content", "style", "correlation", "texture"}
+    assert terms == {"content", "style", "correlation", "texture", "grid"}
     for name in terms:
         assert [column for column in rows[0] if column.endswith(f"/{name}")] == [
             f"mghf/{stage}/term/{name}" for stage in ("train", "val") if f"mghf/{stage}/term/{name}" in rows[0]
