@@ -53,15 +53,11 @@ class Bottleneck(nn.Sequential):
             with torch.autocast(input.device.type, self.training_dtype):
                 return super().forward(pad(input)).to(input.dtype)
         parameters = tuple(self.parameters())
+        frozen = input.requires_grad and not any(parameter.requires_grad for parameter in parameters)
         # A trace holds no functions of Python.
-        if _is_frozen(input, parameters) and not torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
+        if frozen and not torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
             return _FrozenBottleneck.apply(input, *parameters)[0]  # type: ignore[index]
         return bottleneck(pad(input), *parameters)[0]
-
-
-def _is_frozen(input: Tensor, parameters: Iterable[Tensor]) -> bool:
-    """Whether a gradient goes to the input and to no parameter."""
-    return input.requires_grad and not any(parameter.requires_grad for parameter in parameters)
 
 
 def _is_positive(hidden: Tensor) -> Tensor:

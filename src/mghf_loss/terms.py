@@ -81,12 +81,8 @@ def squared_error(sr_level: Tensor, gt_level: Tensor) -> Tensor:
     >>> squared_error(torch.full((1, 2, 8, 8), 2.0), torch.zeros(1, 2, 8, 8))
     tensor([[4., 4.]])
     """
-    return _difference(sr_level, gt_level).square().mean((2, 3))
-
-
-def _difference(sr_level: Tensor, gt_level: Tensor) -> Tensor:
     dtype = compute_dtype(sr_level, gt_level)
-    return sr_level.to(dtype) - gt_level.to(dtype)
+    return (sr_level.to(dtype) - gt_level.to(dtype)).square().mean((2, 3))
 
 
 def content_of(squared_error: Tensor, channel_weights: Tensor | None) -> Tensor:

@@ -29,6 +29,7 @@ from torch.autograd import forward_ad
 from .statistics import compute_dtype, differentiable, first_derivative
 
 PHASES = 4
+WINDOW, EPS = 4, 0.05  # of the losses
 
 
 class LocalErrors(NamedTuple):
@@ -120,7 +121,7 @@ functional = differentiable(operator, _keep, _backward)
 
 
 def local_errors(
-    sr: Tensor, gt: Tensor, window: int = 4, eps: float = 0.05, *, squared_error: bool = True
+    sr: Tensor, gt: Tensor, window: int = WINDOW, eps: float = EPS, *, squared_error: bool = True
 ) -> LocalErrors:
     """Texture error, phases and squared error: features (B, C, H, W) of SR and GT -> (B, C), (B, C, 4), (B, C).
 
@@ -135,7 +136,7 @@ def local_errors(
 
 def stacked_local_errors(levels: Iterable[tuple[Tensor, Tensor]], *, squared_error: bool = True) -> LocalErrors:
     """Errors of several levels (sr, gt) with equal numbers of channels, stacked: (L, B, C), ..."""
-    return _named(torch.stack([_compute(sr, gt, 4, 0.05, squared_error) for sr, gt in levels]))
+    return _named(torch.stack([_compute(sr, gt, WINDOW, EPS, squared_error) for sr, gt in levels]))
 
 
 def _named(errors: Tensor) -> LocalErrors:
